@@ -1,0 +1,1 @@
+"""The backends that ship with kernelhub; each is loaded through its entry point."""

@@ -1,0 +1,257 @@
+"""From a call to the implementation that runs it.
+
+Each op keeps one table from device object to the function to run, so that a call costs one lookup.
+An entry is made on the first call for a device; a change of policy or of backends empties the
+tables. While any thread is inside a `use` block nothing is kept: each call then asks the policy of
+its own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+
+from kernelhub import plugins, policy, registry
+from kernelhub.backend import Implementation
+from kernelhub.errors import BackendUnavailable, FallbackWarning
+from kernelhub.grammar import Choice
+from kernelhub.registry import Entry
+from kernelhub.selection import Candidate, Selection
+from kernelhub.spec import Args, Device, OpSpec, TensorDesc
+
+logger = logging.getLogger("kernelhub")
+
+_HOST_DEVICES = ("cpu", "meta")
+
+
+@attrs.frozen
+class Ranked:
+    """A candidate with the reasons that do not depend on a call's arguments."""
+
+    entry: Entry | None
+    backend: str
+    reasons: tuple[str, ...]
+
+    def candidate(self, more: tuple[str, ...] = ()) -> Candidate:
+        implementation = self.entry.implementation if self.entry else None
+        return Candidate(
+            self.backend,
+            implementation.variant if implementation else "",
+            self.reasons + more,
+            self.entry.priority if self.entry else 0,
+        )
+
+
+@attrs.frozen
+class Ranking:
+    """All candidates for an op on a device under one policy, in the order to try them."""
+
+    spec: OpSpec
+    device: Device
+    wish: policy.Wish
+    ranked: tuple[Ranked, ...]
+
+    @property
+    def depends_on_arguments(self) -> bool:
+        """Whether the first candidate that the device allows may still refuse a call."""
+        first = next((r.entry for r in self.ranked if r.entry and not r.reasons), None)
+        return first is not None and first.implementation.has_rules
+
+    def pick(self, args: Args) -> Entry | None:
+        """The first candidate that takes this call."""
+        for ranked in self.ranked:
+            entry = ranked.entry
+            if entry and not (ranked.reasons or _refusals(self.spec, entry.implementation, args)):
+                return entry
+        return None
+
+    def selection(self, args: Args) -> Selection:
+        candidates, chosen = [], None
+        for ranked in self.ranked:
+            more: tuple[str, ...] = ()
+            if ranked.entry and not ranked.reasons:
+                more = _refusals(self.spec, ranked.entry.implementation, args)
+            candidate = ranked.candidate(more)
+            candidates.append(candidate)
+            if chosen is None and not candidate.reasons:
+                chosen = candidate
+        inputs = tuple((n, TensorDesc.like(t)) for n, t in self.spec.tensors(args).items())
+        return Selection(
+            self.spec.name, str(self.device), inputs, tuple(candidates), chosen, self.wish.origin
+        )
+
+
+def _refusals(spec: OpSpec, implementation: Implementation, args: Args) -> tuple[str, ...]:
+    reasons = list(implementation.rejects(args))
+    if not implementation.traits.differentiable and torch.is_grad_enabled():
+        for name, value in spec.tensors(args).items():
+            if value.requires_grad:
+                reasons.append(
+                    f"'{name}' requires grad and this backend has no derivative: "
+                    "call it under torch.no_grad() or use 'reference'"
+                )
+                break
+    return tuple(reasons)
+
+
+def rank(spec: OpSpec, device: Device, wish: policy.Wish) -> Ranking:
+    """Rank every candidate of an op for a device. Reads no argument of a call."""
+    plugins.load()
+    choice = wish.choice or Choice(names=("auto",), excluded=frozenset())
+    named = [name for name in choice.names if name != "auto"]
+    by_backend: dict[str, list[Entry]] = {}
+    for entry in registry.entries(spec.name):
+        by_backend.setdefault(entry.backend.name, []).append(entry)
+
+    def rest() -> list[str]:  # best first; a backend stands where its best implementation does
+        return [name for name in by_backend if name not in named]
+
+    order = [n for name in choice.names for n in (rest() if name == "auto" else [name])]
+    automatic = "auto" in choice.names
+    everyone = dict.fromkeys([*by_backend, *registry.backends(), *plugins.failed_names()])
+    left_out = [name for name in everyone if name not in order]
+    ranked: list[Ranked] = []
+    for name in order:
+        allowed = () if name in named else _not_automatic(name)
+        excluded = (f"excluded by {wish.origin}",) if name in choice.excluded else allowed
+        ranked.extend(_candidates(spec, device, name, by_backend.get(name, []), excluded))
+    for name in left_out:
+        reason = () if automatic else (f"excluded by {wish.origin}",)
+        ranked.extend(_candidates(spec, device, name, by_backend.get(name, []), reason))
+    return Ranking(spec, device, wish, tuple(ranked))
+
+
+def _not_automatic(name: str) -> tuple[str, ...]:
+    if registry.backends()[name].automatic:
+        return ()
+    return (f"never chosen automatically: name it, as in kernelhub.use('{name}')",)
+
+
+def _candidates(
+    spec: OpSpec, device: Device, name: str, entries: list[Entry], excluded: tuple[str, ...]
+) -> list[Ranked]:
+    if not entries:
+        return [Ranked(None, name, excluded or (_why_absent(spec, name),))]
+    found = []
+    for entry in entries:
+        reasons = excluded
+        if not reasons and not entry.serves(device.type):
+            reasons = (f"runs on {', '.join(entry.device_types)}; the tensors are on {device}",)
+        if not reasons:
+            reasons = registry.unavailable(entry.backend, device)
+            reasons += tuple(entry.implementation.missing_modules())
+        found.append(Ranked(entry, name, reasons))
+    return found
+
+
+def _why_absent(spec: OpSpec, name: str) -> str:
+    failure = plugins.failed(name)
+    if failure is not None:
+        return f"failed to load: {failure}"
+    if name in registry.backends():
+        return f"does not implement {spec.name}"
+    return "is not part of this installation: see `kernelhub doctor`"
+
+
+class Table:
+    """The functions of one op by device, under the thread's policy or under one `op.on` choice."""
+
+    def __init__(self, spec: OpSpec, on: policy.Wish | None = None) -> None:
+        self.spec = spec
+        self.on = on
+        self.by_device: dict[Any, Callable[..., Any]] = {}
+        self._rankings: dict[tuple[Device, policy.Wish], Ranking] = {}
+        self._told: set[tuple[str, str]] = set()
+
+    def clear(self) -> None:
+        self.by_device.clear()
+        self._rankings.clear()
+
+    def ranking(self, device: Device) -> Ranking:
+        wish = self.on or policy.wish(self.spec.name)
+        with registry.lock:
+            if (device, wish) not in self._rankings:
+                self._rankings[device, wish] = rank(self.spec, device, wish)
+            return self._rankings[device, wish]
+
+    def miss(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The function for a call whose device has no entry; keeps it where it may."""
+        call = self.spec.bind(*args, **kwargs)
+        device = self.spec.device(call)
+        with registry.lock:
+            ranking = self.ranking(device)
+            if ranking.depends_on_arguments:
+                run: Callable[..., Any] = self._chooser(ranking)
+            else:
+                run = self.select(ranking, call).function
+            if self.on is not None or not policy.uses_active():
+                self.by_device[device] = run
+        return run
+
+    def _chooser(self, ranking: Ranking) -> Callable[..., Any]:
+        """Chooses on every call, for implementations whose rules look at the arguments."""
+        bind, select = self.spec.bind, self.select
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return select(ranking, bind(*args, **kwargs)).function(*args, **kwargs)
+
+        return run
+
+    def select(self, ranking: Ranking, call: Args) -> Entry:
+        """The entry for a call, after what must be said of it has been said."""
+        entry = ranking.pick(call)
+        if entry is None:
+            raise BackendUnavailable(str(ranking.selection(call)))
+        device = ranking.device
+        on_accelerator = device.type not in _HOST_DEVICES
+        forced = ranking.wish.choice is not None and ranking.wish.choice.forced
+        if entry.backend.name == registry.REFERENCE and on_accelerator and not forced:
+            self._fell_back(ranking, call)
+        elif (entry.name, str(device)) not in self._told:
+            self._told.add((entry.name, str(device)))
+            logger.info(
+                "%s on %s: %s (%s)", self.spec.name, device, entry.name, ranking.wish.origin
+            )
+        return entry
+
+    def _fell_back(self, ranking: Ranking, call: Args) -> None:
+        mode = policy.fallback()
+        if mode == "quiet":
+            return
+        selection = ranking.selection(call)
+        missed = [c for c in selection.candidates if c.reasons]
+        reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in missed)
+        reasons = reasons or f"no backend for '{ranking.device.type}' devices is installed"
+        if mode == "error":
+            raise BackendUnavailable(
+                f"{self.spec.name} on {ranking.device} would fall back to the reference, which "
+                f"{policy.FALLBACK_VARIABLE}=error forbids\n{selection}"
+            )
+        key = (str(ranking.device), reasons)
+        if key in self._told:
+            return
+        self._told.add(key)
+        warnings.warn(
+            f"{self.spec.name} on {ranking.device} runs on the PyTorch reference ({reasons}). "
+            f"`kernelhub doctor` says what to do; {policy.FALLBACK_VARIABLE}=quiet hides this.",
+            FallbackWarning,
+            stacklevel=5,  # the caller of the op function
+        )
+
+    def failed(self, error: BaseException, *args: Any, **kwargs: Any) -> None:
+        """Attach the Selection to an exception that came out of an implementation."""
+        if getattr(error, "kernelhub_selection", None) is not None:
+            return
+        try:
+            call = self.spec.bind(*args, **kwargs)
+            selection = self.ranking(self.spec.device(call)).selection(call)
+            error.kernelhub_selection = selection  # type: ignore[attr-defined]
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"while kernelhub ran {selection}")
+        except Exception:
+            logger.debug("no Selection for %r", error, exc_info=True)

@@ -1,0 +1,167 @@
+"""What the user asked for: the environment, `configure`, `use`, and how they rank.
+
+The nearest wish wins, op by op: `op.on(...)`, then the innermost `use`, then `configure`, then
+`KERNELHUB_BACKEND`. All of them speak the grammar of `kernelhub.grammar`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ContextDecorator, suppress
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import attrs
+
+from kernelhub import grammar, registry
+from kernelhub.errors import PolicyError
+
+Fallback = Literal["warn", "error", "quiet"]
+
+BACKEND_VARIABLE = "KERNELHUB_BACKEND"
+FALLBACK_VARIABLE = "KERNELHUB_FALLBACK"
+
+
+@attrs.frozen
+class Wish:
+    """The choice that applies to an op, and where it came from."""
+
+    choice: grammar.Choice | None
+    origin: str
+
+
+DEFAULT = Wish(None, "default ranking")
+
+
+@attrs.define(eq=False)
+class _Layer:
+    """Rules and who set them.
+
+    A `use` block marks its layer ended when it exits, so that a task that inherited the context and
+    outlives the block no longer sees it.
+    """
+
+    rules: grammar.Rules
+    origin: str
+    ended: bool = False
+
+
+_stack: ContextVar[tuple[_Layer, ...]] = ContextVar("kernelhub_use", default=())
+_configured: _Layer | None = None
+_configured_fallback: Fallback | None = None
+_environment: tuple[_Layer | None, Fallback | None] | None = None
+_active_uses = 0
+
+trace_key = ""
+"""Text of the policy set last. Traced functions read it, so that a new policy compiles anew."""
+
+
+def uses_active() -> bool:
+    """Whether any thread is inside a `use` block (call under `registry.lock`)."""
+    return _active_uses > 0
+
+
+def _parse(text: str) -> grammar.Rules:
+    from kernelhub import plugins
+
+    plugins.load()
+    rules = grammar.parse(text)
+    rules.validate(registry.specs(), plugins.known_backends())
+    return rules
+
+
+def _read_environment() -> tuple[_Layer | None, Fallback | None]:
+    """Read once, on first need."""
+    global _environment
+    with registry.lock:
+        if _environment is None:
+            text = os.environ.get(BACKEND_VARIABLE, "").strip()
+            mode = os.environ.get(FALLBACK_VARIABLE, "").strip()
+            try:
+                layer = _Layer(_parse(text), f"{BACKEND_VARIABLE}={text}") if text else None
+                variable = FALLBACK_VARIABLE
+                fallback = grammar.parse_fallback(mode) if mode else None
+            except PolicyError as error:
+                variable = FALLBACK_VARIABLE if error.text == mode != text else BACKEND_VARIABLE
+                raise PolicyError(f"{variable}: {error}") from error
+            _environment = (layer, fallback)
+        return _environment
+
+
+def wish(op: str) -> Wish:
+    """The choice that applies to an op in this thread."""
+    environment = _read_environment()[0]
+    layers = [layer for layer in reversed(_stack.get()) if not layer.ended]
+    for layer in (*layers, _configured, environment):
+        choice = layer.rules.match(op) if layer else None
+        if layer and choice:
+            return Wish(choice, layer.origin)
+    return DEFAULT
+
+
+def fallback() -> Fallback:
+    """What to do when a call on an accelerator lands on the reference."""
+    return _configured_fallback or _read_environment()[1] or "warn"
+
+
+def configure(backend: str | None = None, *, fallback: Fallback | None = None) -> None:
+    """Set the process's policy; it ranks below `use` and above the environment.
+
+    Args:
+        backend: rules such as `"reference"`, `"cuda,auto"`, `"-musa"` or
+            `"fused_gemv=reference;*moe*=musa,reference"`; None returns to the environment's.
+        fallback: `"warn"`, `"error"` or `"quiet"` for calls on an accelerator that land on the
+            reference; None returns to the environment's, else `"warn"`.
+
+    Raises:
+        PolicyError: malformed rules or an unknown name; nothing is changed.
+    """
+    global _configured, _configured_fallback
+    layer = None if backend is None else _Layer(_parse(backend), f'configure("{backend}")')
+    mode = None if fallback is None else grammar.parse_fallback(fallback)
+    with registry.lock:
+        _configured, _configured_fallback = layer, mode
+        _changed()
+
+
+class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.use("reference"):`
+    """Force or prefer backends inside a block, in this thread (or task) alone.
+
+    `with kernelhub.use("reference"): ...` or as a decorator. Blocks nest; the inner one wins for
+    the ops that it names. Raises `PolicyError` for malformed rules or unknown names.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._rules = _parse(backend)
+        self._text = backend
+        self._entered: list[tuple[_Layer, Any]] = []
+
+    def _recreate_cm(self) -> use:
+        return use(self._text)  # a decorated function may run in several threads at once
+
+    def __enter__(self) -> use:
+        global _active_uses
+        layer = _Layer(self._rules, f'use("{self._text}")')
+        with registry.lock:
+            _active_uses += 1
+            self._entered.append((layer, _stack.set((*_stack.get(), layer))))
+            _changed()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _active_uses
+        with registry.lock:
+            layer, token = self._entered.pop()
+            layer.ended = True
+            with suppress(ValueError):  # left in another context than entered: `ended` decides
+                _stack.reset(token)
+            _active_uses -= 1
+            _changed()
+
+
+def _changed() -> None:
+    global trace_key
+    layers = [layer for layer in _stack.get() if not layer.ended]
+    texts = [layer.rules.text for layer in (_configured, *layers) if layer]
+    trace_key = " | ".join(texts)
+    registry.notify()

@@ -1,0 +1,40 @@
+"""The tests that `pytest --kernelhub-backend NAME` runs: one per op and case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kernelhub import plugins, registry
+from kernelhub.spec import Case
+from kernelhub.testing.harness import run_case
+
+
+def _cases(backend: str) -> Iterator[tuple[str, Case]]:
+    plugins.load()
+    for name, spec in registry.specs().items():
+        if any(entry.backend.name == backend for entry in registry.entries(name)):
+            yield from ((name, case) for case in spec.cases())
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    backend = metafunc.config.getoption("--kernelhub-backend")
+    cases = list(_cases(backend)) if backend else []
+    if backend and not cases:
+        reason = plugins.failed(backend) or f"known: {', '.join(registry.backends())}"
+        raise pytest.UsageError(f"backend '{backend}' implements no op ({reason})")
+    metafunc.parametrize(("op", "case"), cases, ids=[f"{op}-{case.name}" for op, case in cases])
+
+
+def test_case(op: str, case: Case, pytestconfig: Any) -> None:
+    backend = pytestconfig.getoption("--kernelhub-backend")
+    device = pytestconfig.getoption("--kernelhub-device")
+    if device is None:
+        types = registry.backends()[backend].device_types
+        device = types[0] if types else "cpu"
+    outcome = run_case(op, case, backend, device)
+    if outcome.status == "declined":
+        pytest.skip(outcome.message)
+    assert outcome.status == "passed", f"{outcome.message} (error/bound {outcome.fraction:.3g})"

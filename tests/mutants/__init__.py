@@ -1,0 +1,15 @@
+"""Planted faults of the reference: each must be caught by the op's own cases."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen
+class Mutant:
+    """Replace `old` (which occurs exactly once in `module`'s source) by `new`."""
+
+    name: str
+    module: str
+    old: str
+    new: str
