@@ -1,0 +1,1 @@
+"""Backends with one mistake each."""
