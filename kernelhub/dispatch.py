@@ -22,7 +22,7 @@ from kernelhub.errors import BackendUnavailable, FallbackWarning
 from kernelhub.grammar import Choice
 from kernelhub.registry import Entry
 from kernelhub.selection import Candidate, Selection
-from kernelhub.spec import Args, Device, OpSpec, TensorDesc
+from kernelhub.spec import NOT_REAL, Args, Device, OpSpec, TensorDesc, check_params
 
 logger = logging.getLogger("kernelhub")
 
@@ -165,6 +165,7 @@ class Table:
         self.spec = spec
         self.on = on
         self.by_device: dict[Any, Callable[..., Any]] = {}
+        self.not_real: Callable[..., Any]
         self._rankings: dict[tuple[Device, policy.Wish], Ranking] = {}
         self._told: set[tuple[str, str]] = set()
 
@@ -182,7 +183,9 @@ class Table:
     def miss(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The function for a call whose device has no entry; keeps it where it may."""
         call = self.spec.bind(*args, **kwargs)
-        device = self.spec.device(call)
+        device = check_params(self.spec, call)
+        if device is NOT_REAL:
+            return self.not_real
         with registry.lock:
             ranking = self.ranking(device)
             if ranking.depends_on_arguments:

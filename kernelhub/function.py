@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-import torch
 from torch.compiler import is_dynamo_compiling
 
 from kernelhub import compile as torch_ops
@@ -19,10 +18,7 @@ _CALL = """\
 def {name}{signature}:
     if _tracing():
         return _traced({call})
-    _validate(_bind({positional}))
-    if type({device}) is not _Tensor and type({device}) not in _real:
-        return _not_real({call})
-    run = _get({device}.device)
+    run = _get(_validate(_bind({positional})))
     if run is None:
         run = _miss({call})
     try:
@@ -54,11 +50,13 @@ def _parameters(spec: OpSpec, without: frozenset[str] = frozenset()) -> str:
     return f"({', '.join(parts)})"
 
 
-def _arguments(spec: OpSpec) -> str:
-    """The arguments of a call that hands every parameter on."""
-    parts = []
+def _arguments(spec: OpSpec, left_out: frozenset[str] = frozenset()) -> str:
+    """The arguments of a call that hands every parameter on, but for those left to defaults."""
+    parts, by_name = [], False
     for p in spec.signature.parameters.values():
-        parts.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name)
+        by_name = by_name or p.kind is p.KEYWORD_ONLY or p.name in left_out
+        if p.name not in left_out:
+            parts.append(f"{p.name}={p.name}" if by_name else p.name)
     return ", ".join(parts)
 
 
@@ -98,7 +96,6 @@ class Op:
             signature=_parameters(spec),
             call=_arguments(spec),
             positional=", ".join(spec.signature.parameters),
-            device=spec.device_param,
         )
 
         def not_real(*args: Any, **kwargs: Any) -> Any:
@@ -112,14 +109,12 @@ class Op:
                 )
             return traced(*args, **kwargs)  # fake tensors and tensor subclasses
 
+        table.not_real = not_real
         namespace = {
             "_tracing": is_dynamo_compiling,
             "_traced": traced,
             "_validate": spec.validate,
             "_bind": spec.bind,
-            "_Tensor": torch.Tensor,
-            "_real": frozenset([torch.Tensor, torch.nn.Parameter]),
-            "_not_real": not_real,
             "_get": table.by_device.get,
             "_miss": table.miss,
             "_failed": table.failed,
@@ -184,8 +179,12 @@ class Op:
         call = self._checked(args, kwargs)
         entry = self.table.select(self.table.ranking(spec.device(call)), call)
         fixed = frozenset(p.name for p in spec.params if p.fixed)
+        parameters = spec.signature.parameters
+        default = frozenset(n for n in fixed if getattr(call, n) is parameters[n].default)
         source = _PLAN.format(
-            name=spec.name, signature=_parameters(spec, without=fixed), call=_arguments(spec)
+            name=spec.name,
+            signature=_parameters(spec, without=fixed),
+            call=_arguments(spec, left_out=default),
         )
         namespace = {
             "_tracing": is_dynamo_compiling,

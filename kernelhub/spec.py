@@ -146,7 +146,6 @@ class Param:
     choices: tuple[Any, ...] = ()
     optional: bool = False
     fixed: bool = False
-    same_device: bool = True
 
     @property
     def is_tensor(self) -> bool:
@@ -271,11 +270,15 @@ class OpSpec:
 
     signature: inspect.Signature = attrs.field(init=False)
     bind: Callable[..., Args] = attrs.field(init=False)
+    _checks: tuple[tuple[Any, ...], ...] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         signature = inspect.signature(self.prototype)
         object.__setattr__(self, "signature", signature)
         object.__setattr__(self, "bind", _args_class(self.name, signature))
+        writes = ("in_place", "output")
+        checks = tuple((p.name, p, p.dtypes, p.ranks, p.role in writes) for p in self.params)
+        object.__setattr__(self, "_checks", checks)
 
     @property
     def name(self) -> str:
@@ -295,10 +298,14 @@ class OpSpec:
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
 
-    def validate(self, args: Args) -> None:
-        """Raise `ArgumentError` unless the call keeps the contract. Reads no tensor data."""
-        check_params(self, args)
+    def validate(self, args: Args) -> Any:
+        """Raise `ArgumentError` unless the call keeps the contract. Reads no tensor data.
+
+        Returns the device that decides, or `NOT_REAL` where a tensor is fake, wrapped or described.
+        """
+        device = check_params(self, args)
         self.check(args)
+        return device
 
     def device(self, args: Args) -> Device:
         device: Device = getattr(args, self.device_param).device
@@ -363,7 +370,7 @@ def same_storage_span(a: Any, b: Any) -> bool:
     return start_a < start_b + _span_bytes(b) and start_b < start_a + _span_bytes(a)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def _span_bytes(t: torch.Tensor) -> int:
@@ -392,38 +399,52 @@ def overlaps_itself(t: Any) -> bool:
     return False
 
 
-def check_params(spec: OpSpec, args: Args) -> None:
-    """The part of a check that `Param` expresses: type, dtype, rank, layout, device."""
-    op = spec.name
+NOT_REAL = object()
+"""Stands for the device of a call whose tensors are not all real memory."""
+
+
+def check_params(spec: OpSpec, args: Args) -> Any:
+    """The part of a check that `Param` expresses: type, dtype, rank, layout, device.
+
+    Returns what `OpSpec.validate` does.
+    """
     device = None
-    lead = getattr(args, spec.device_param)
-    for param in spec.params:
-        value = getattr(args, param.name)
-        if value is None:
-            if not param.optional:
-                raise ArgumentError(op, param.name, param.expected(), value)
-            continue
-        if not isinstance(value, (torch.Tensor, TensorDesc)):
-            _check_plain(op, param, value)
-            continue
-        if value.dtype not in param.dtypes:
-            raise ArgumentError(op, param.name, param.expected(), value)
+    real = True
+    for name, param, dtypes, ranks, writes in spec._checks:
+        value = getattr(args, name)
+        if type(value) not in _PLAIN:
+            if value is None and param.optional:
+                continue
+            if not isinstance(value, (torch.Tensor, TensorDesc)):
+                _check_plain(spec.name, param, value)
+                continue
+            real = False
+        if value.dtype not in dtypes or value.dim() not in ranks:
+            raise ArgumentError(spec.name, name, param.expected(), value)
         if value.layout is not torch.strided:
-            raise ArgumentError(op, param.name, "a strided tensor", str(value.layout))
-        if value.dim() not in param.ranks:
-            raise ArgumentError(op, param.name, param.expected(), value)
-        if value.requires_grad and param.role in ("in_place", "output"):
-            _check_writable(op, param.name, value)
-        if not param.same_device:
-            continue
-        if device is None:
-            if not is_tensor(lead):
-                raise ArgumentError(op, spec.device_param, "a tensor", lead)
-            device = lead.device
+            raise ArgumentError(spec.name, name, "a strided tensor", str(value.layout))
+        if writes and value.requires_grad:
+            _check_writable(spec.name, name, value)
         if value.device != device:
-            raise ArgumentError(
-                op, param.name, f"a tensor on {device}, the device of '{spec.device_param}'", value
-            )
+            if device is not None:
+                raise _wrong_device(spec, name, device, value)
+            device = _lead_device(spec, args)
+            if value.device != device:
+                raise _wrong_device(spec, name, device, value)
+    return device if real else NOT_REAL
+
+
+def _wrong_device(spec: OpSpec, name: str, device: Device, value: Any) -> ArgumentError:
+    wanted = f"a tensor on {device}, the device of '{spec.device_param}'"
+    return ArgumentError(spec.name, name, wanted, value)
+
+
+def _lead_device(spec: OpSpec, args: Args) -> Device:
+    lead = getattr(args, spec.device_param)
+    if not isinstance(lead, (torch.Tensor, TensorDesc)):
+        param = spec.param(spec.device_param)
+        raise ArgumentError(spec.name, param.name, param.expected(), lead)
+    return lead.device
 
 
 def _check_writable(op: str, name: str, value: Any) -> None:
