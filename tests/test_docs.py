@@ -1,6 +1,6 @@
 """The documentation is true: its Python runs, its output is what that prints, its links lead on.
 
-In README.md, CONTRIBUTING.md and docs/*.md, the blocks marked `python` of one file run in order, in
+In *.md and docs/*.md, the blocks marked `python` of one file run in order, in
 one process of their own. A block marked `output` holds lines that they print, in order. Anything
 else (a fragment, a shell command, output of another machine) carries another mark.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

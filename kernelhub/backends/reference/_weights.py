@@ -32,7 +32,7 @@ def matmul(
         @ columns
         for r in range(0, n, tile)
     ]
-    return torch.cat(products).t()[:m] if products else x.new_zeros(m, 0)
+    return torch.cat(products).t()[:m].contiguous() if products else x.new_zeros(m, 0)
 
 
 def dequantize(
