@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from kernelhub import policy
-from kernelhub.errors import ArgumentError
 from kernelhub.spec import OpSpec, Param
 
 NAMESPACE = "kernelhub"
@@ -86,7 +85,22 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
     ]
     for param in spec.params:
         if torch.Generator in param.types:
-            lines += [f"    if {param.name} is not None:", f"        _no_generator({param.name!r})"]
+            # Dynamo can follow this and show the message; it cannot build our own exception.
+            wanted = f"{name}: argument '{param.name}': expected None in a compiled function"
+            lines += [
+                f"    if {param.name} is not None:",
+                f"        raise ValueError({wanted + ' (pass seed=)'!r})",
+            ]
+    in_place = [p.name for p in spec.params if p.role == "in_place"]
+    if in_place:
+        # Torch has no derivative of an opaque op that writes in place; that of the reference,
+        # traced through, is right.
+        needs = " or ".join(f"({n} is not None and {n}.requires_grad)" for n in in_place)
+        arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
+        lines += [
+            f"    if _grad_enabled() and ({needs}):",
+            f"        return _reference({arguments})",
+        ]
     lines.append(f"    result = _op({_flatten_source(spec)}, {on!r})")
     if any(p.role == "output" for p in spec.params):
         lines += ["    if out is not None:", "        out.copy_(result)", "        return out"]
@@ -96,18 +110,14 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
     elif spec.num_outputs:
         lines.append("    return result")
 
-    def no_generator(argument: str) -> None:
-        raise ArgumentError(
-            name, argument, "None in a compiled function (pass seed=)", "a Generator"
-        )
-
     namespace = {
         "_op": getattr(getattr(torch.ops, NAMESPACE), name).default,
         "_policy": policy,
         "_Tensor": torch.Tensor,
         "_bind": spec.bind,
         "_finish": spec.finish,
-        "_no_generator": no_generator,
+        "_reference": spec.reference,
+        "_grad_enabled": torch.is_grad_enabled,
     }
     return compiled_function("\n".join(lines), f"{name}_traced", namespace, spec)
 

@@ -205,8 +205,11 @@ class Table:
 
         return run
 
-    def select(self, ranking: Ranking, call: Args) -> Entry:
-        """The entry for a call, after what must be said of it has been said."""
+    def select(self, ranking: Ranking, call: Args, stacklevel: int = 5) -> Entry:
+        """The entry for a call, after what must be said of it has been said.
+
+        `stacklevel` makes a warning point at whoever called the op function.
+        """
         entry = ranking.pick(call)
         if entry is None:
             raise BackendUnavailable(str(ranking.selection(call)))
@@ -214,7 +217,7 @@ class Table:
         on_accelerator = device.type not in _HOST_DEVICES
         forced = ranking.wish.choice is not None and ranking.wish.choice.forced
         if entry.backend.name == registry.REFERENCE and on_accelerator and not forced:
-            self._fell_back(ranking, call)
+            self._fell_back(ranking, call, stacklevel)
         elif (entry.name, str(device)) not in self._told:
             self._told.add((entry.name, str(device)))
             logger.info(
@@ -222,7 +225,7 @@ class Table:
             )
         return entry
 
-    def _fell_back(self, ranking: Ranking, call: Args) -> None:
+    def _fell_back(self, ranking: Ranking, call: Args, stacklevel: int) -> None:
         mode = policy.fallback()
         if mode == "quiet":
             return
@@ -233,7 +236,7 @@ class Table:
         if mode == "error":
             raise BackendUnavailable(
                 f"{self.spec.name} on {ranking.device} would fall back to the reference, which "
-                f"{policy.FALLBACK_VARIABLE}=error forbids\n{selection}"
+                f"fallback=error ({policy.FALLBACK_VARIABLE} or configure) forbids\n{selection}"
             )
         key = (str(ranking.device), reasons)
         if key in self._told:
@@ -243,7 +246,7 @@ class Table:
             f"{self.spec.name} on {ranking.device} runs on the PyTorch reference ({reasons}). "
             f"`kernelhub doctor` says what to do; {policy.FALLBACK_VARIABLE}=quiet hides this.",
             FallbackWarning,
-            stacklevel=5,  # the caller of the op function
+            stacklevel=stacklevel,
         )
 
     def failed(self, error: BaseException, *args: Any, **kwargs: Any) -> None:

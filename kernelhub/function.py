@@ -177,8 +177,12 @@ class Op:
         """
         spec = self.spec
         call = self._checked(args, kwargs)
-        entry = self.table.select(self.table.ranking(spec.device(call)), call)
         fixed = frozenset(p.name for p in spec.params if p.fixed)
+        for name in fixed:
+            if isinstance(getattr(call, name), TensorDesc):
+                wanted = "a tensor (a description cannot be bound)"
+                raise ArgumentError(spec.name, name, wanted, getattr(call, name))
+        entry = self.table.select(self.table.ranking(spec.device(call)), call, stacklevel=4)
         parameters = spec.signature.parameters
         default = frozenset(n for n in fixed if getattr(call, n) is parameters[n].default)
         source = _PLAN.format(
@@ -229,11 +233,23 @@ def remove(name: str) -> None:
 
 def get(name: str) -> OpFunction:
     """The function of an op. Raises `UnknownName`, with the nearest name, where there is none."""
-    op = _ops.get(name)
-    if op is None:
+    return _find(name).function
+
+
+def _find(name: str) -> Op:
+    if name not in _ops:
+        plugins.load()  # a plug-in may bring ops of its own
+    if name not in _ops:
         registry.spec(name)  # raises with the known names
-        raise AssertionError(name)
-    return op.function
+    return _ops[name]
+
+
+def entry_for(name: str, backend: str, call: Args) -> registry.Entry | None:
+    """The implementation that `op.on(backend)` runs for a call."""
+    op = _find(name)
+    op.on(backend)
+    table = op._on[backend][1]
+    return table.ranking(op.spec.device(call)).pick(call)
 
 
 def _clear_all() -> None:

@@ -162,6 +162,6 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
 def _changed() -> None:
     global trace_key
     layers = [layer for layer in _stack.get() if not layer.ended]
-    texts = [layer.rules.text for layer in (_configured, *layers) if layer]
+    texts = ["".join(layer.rules.text.split()) for layer in (_configured, *layers) if layer]
     trace_key = " | ".join(texts)
     registry.notify()

@@ -137,6 +137,28 @@ def test_harness_reports_a_row_that_knows_its_neighbours(add_backend) -> None:  
     assert "alone differs" in run_case("fused_gemv", case, "toy").message
 
 
+def test_harness_judges_the_variant_that_ran(add_backend) -> None:  # type: ignore[no-untyped-def]
+    """Another variant of the backend promises less; the one that runs is held to its own traits."""
+    from kernelhub.backend import Backend, Implementation
+    from kernelhub.spec import Traits
+
+    runs = []
+
+    def fused_mul_add(x, bias, scale, *, out=None):  # type: ignore[no-untyped-def]
+        runs.append(1)
+        y = (x * scale + bias).contiguous()
+        return torch.nextafter(y, y + 1) if len(runs) == 2 else y
+
+    loose = Traits(deterministic=False, differentiable=True)
+    elsewhere = Implementation(
+        OP, constant(1), "gpu", device_types=("cuda",), traits=loose, priority=60
+    )
+    here = Implementation(OP, fused_mul_add, "cpu", traits=Traits(differentiable=True))
+    add_backend(Backend("toy", (elsewhere, here)))
+    case = next(c for c in registry.spec(OP).cases() if c.name == "padded_rows-float32")
+    assert run_case(OP, case, "toy").message == "a second run gave other bits"
+
+
 def test_compare_rules() -> None:
     def share(truth, bound, got, dtype=torch.float32):  # type: ignore[no-untyped-def]
         expected = Expected("y", torch.tensor(truth, dtype=torch.float64), torch.tensor(bound))

@@ -193,6 +193,25 @@ def test_gradients(mode: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_gradients_of_an_op_in_place(mode: str) -> None:
+    op = kernelhub.ops.rotary_embedding
+    cache = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # angles 0 and a quarter turn
+    positions = torch.tensor([1])
+
+    def f(q):  # type: ignore[no-untyped-def]
+        rotated = q * 1.0
+        op(positions, rotated, None, 2, cache)
+        return rotated
+
+    run = torch.compile(f, fullgraph=True, backend=BACKEND) if mode == "compiled" else f
+    q = torch.tensor([[5.0, 7.0]], requires_grad=True)
+    result = run(q)
+    assert result.tolist() == [[-7.0, 5.0]]
+    (grad,) = torch.autograd.grad((result * torch.tensor([[1.0, 10.0]])).sum(), q)
+    assert grad.tolist() == [[10.0, -1.0]]
+
+
 def test_bad_arguments_are_refused_while_tracing() -> None:
     op = kernelhub.op(OP)
     compiled = torch.compile(lambda x, b: op(x, b, 1.0), fullgraph=True, backend=BACKEND)
@@ -202,11 +221,16 @@ def test_bad_arguments_are_refused_while_tracing() -> None:
 
 def test_a_generator_cannot_be_traced_and_says_what_to_do() -> None:
     op = kernelhub.ops.top_k_top_p_sampling_from_probs
-    probs = torch.full((1, 4), 0.25)
-    generator = torch.Generator()
-    compiled = torch.compile(lambda p: op(p, 0, 1.0, generator=generator), backend="eager")
+    probs = torch.full((8, 40), 1 / 40)
+
+    def f(p, generator):  # type: ignore[no-untyped-def]
+        return op(p, 0, 1.0, generator=generator)
+
     with pytest.raises(Exception, match="pass seed="):
-        torch._dynamo.config.patch(suppress_errors=False)(compiled)(probs)
+        torch.compile(f, backend="eager", fullgraph=True)(probs, torch.Generator())
+    torch._dynamo.reset()
+    broken = torch.compile(f, backend="eager")(probs, torch.Generator().manual_seed(5))
+    assert torch.equal(broken, f(probs, torch.Generator().manual_seed(5)))
 
 
 def test_seedless_sampling_draws_anew_in_a_graph() -> None:

@@ -174,10 +174,15 @@ def test_falling_back_warns_once_per_reason(accelerator, add_backend) -> None:  
         op(*call())
 
 
-def test_the_warning_points_at_the_caller(accelerator) -> None:  # type: ignore[no-untyped-def]
+def test_the_warning_points_at_the_caller(accelerator, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     with pytest.warns(FallbackWarning) as caught:
         op(*call())
-    assert caught[0].filename == __file__
+        op.plan(*call())
+    assert [warning.filename for warning in caught] == [__file__]
+    monkeypatch.setattr(op.explain.__self__.table, "_told", set())
+    with pytest.warns(FallbackWarning) as caught:
+        op.plan(*call())
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_forced_reference_is_no_fall_back(accelerator) -> None:  # type: ignore[no-untyped-def]
@@ -188,7 +193,7 @@ def test_a_forced_reference_is_no_fall_back(accelerator) -> None:  # type: ignor
 
 def test_fallback_can_be_an_error_or_quiet(accelerator) -> None:  # type: ignore[no-untyped-def]
     kernelhub.configure(fallback="error")
-    with pytest.raises(BackendUnavailable, match="KERNELHUB_FALLBACK=error forbids"):
+    with pytest.raises(BackendUnavailable, match=r"fallback=error .* forbids"):
         op(*call())
     kernelhub.configure(fallback="quiet")
     with warnings.catch_warnings():
@@ -246,6 +251,10 @@ def test_plan_binds_the_fixed_and_keeps_its_choice(add_backend) -> None:  # type
     other = torch.randn(2, 8)
     assert torch.equal(planned(other), gemv(other, weight, activation="silu"))
     assert planned.selection.backend == "reference"
+
+    described = TensorDesc((4, 8), torch.float32)
+    with pytest.raises(ArgumentError, match=r"'weight': .* cannot be bound"):
+        gemv.plan(x, described)
 
     run = op.plan(*call())
     add_backend(backend())

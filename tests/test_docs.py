@@ -1,8 +1,8 @@
 """The documentation is true: its Python runs, its output is what that prints, its links lead on.
 
-In *.md and docs/*.md, the blocks marked `python` of one file run in order, in
-one process of their own. A block marked `output` holds lines that they print, in order. Anything
-else (a fragment, a shell command, output of another machine) carries another mark.
+In *.md and docs/*.md, the blocks marked `python` of one file run in order, in one process of their
+own. A block marked `output` holds lines that they print, in order. Anything else (a fragment, a
+shell command, output of another machine) carries another mark.
 """
 
 from __future__ import annotations

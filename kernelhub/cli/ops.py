@@ -9,7 +9,7 @@ import click
 import torch
 
 from kernelhub import compile as torch_ops
-from kernelhub import registry
+from kernelhub import plugins, registry
 from kernelhub.cli._arguments import short_name
 from kernelhub.cli._output import (
     json_option,
@@ -33,6 +33,7 @@ _ANY_RANK = range(0, 65)
 def command(name: str | None, as_json: bool) -> None:
     """List the ops, or describe the op NAME: its docstring, parameters and torch schema."""
     with stdout_reserved():
+        plugins.load()  # a plug-in may bring ops of its own
         specs = registry.specs() if name is None else {name: registry.spec(name)}
         found = {op: to_dict(spec) for op, spec in specs.items()}
     if as_json:

@@ -1,4 +1,4 @@
-"""The conformance kit: hold any backend to the contracts. See `docs/backends.md`."""
+"""The conformance kit: hold any backend to the contracts. See `docs/adding-a-backend.md`."""
 
 from kernelhub.testing.harness import Outcome, compare, conform, run_case
 
