@@ -26,7 +26,7 @@ def read(group: str) -> tuple[list[Entry], list[str]]:
     """All entry points of a group on `sys.path`, and a line for each piece of broken metadata."""
     entries: list[Entry] = []
     problems: list[str] = []
-    for folder in dict.fromkeys(sys.path):
+    for folder in dict.fromkeys(p for p in sys.path if isinstance(p, str)):  # as import does
         # As with imports, a distribution found earlier on the path hides a later one of its name.
         hidden = {_distribution(entry) for entry in entries}
         found_here: list[Entry] = []
@@ -42,7 +42,7 @@ def _distribution(entry: Entry) -> str:
 def _read_folder(group: str, folder: str, entries: list[Entry], problems: list[str]) -> None:
     try:
         found = entrypoints.get_group_all(group, path=[folder])
-    except (configparser.Error, UnicodeDecodeError, OSError, KeyError) as error:
+    except (configparser.Error, ValueError, OSError, KeyError) as error:
         # One unreadable entry_points.txt must not hide its neighbours in the folder.
         problems.append(f"unreadable entry points in {folder}: {' '.join(str(error).split())}")
         _read_one_by_one(group, folder, entries, problems)

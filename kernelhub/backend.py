@@ -28,6 +28,11 @@ def _always_available(device: Device | None) -> Iterable[str]:
     return ()
 
 
+def reasons_of(answer: Iterable[str]) -> list[str]:
+    """What a probe or `rejects` answered, as a list; one bare string is one reason."""
+    return [answer] if isinstance(answer, str) else [str(reason) for reason in answer]
+
+
 @attrs.frozen
 class Implementation:
     """One way to run one op.

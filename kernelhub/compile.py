@@ -97,13 +97,24 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
         # traced through, is right.
         needs = " or ".join(f"({n} is not None and {n}.requires_grad)" for n in in_place)
         arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
+        no_derivative = f"{name}: in a compiled function only 'reference' has a derivative"
         lines += [
             f"    if _grad_enabled() and ({needs}):",
+            f"        if {on!r} not in ('', 'reference'):",
+            f"            raise ValueError({no_derivative!r})",
             f"        return _reference({arguments})",
         ]
     lines.append(f"    result = _op({_flatten_source(spec)}, {on!r})")
     if any(p.role == "output" for p in spec.params):
-        lines += ["    if out is not None:", "        out.copy_(result)", "        return out"]
+        wanted = f"{name}: argument 'out': expected the shape, dtype and device of the result"
+        lines += [
+            "    if out is not None:",
+            "        if out.shape != result.shape or out.dtype != result.dtype "
+            "or out.device != result.device:",
+            f"            raise ValueError({wanted!r})",
+            "        out.copy_(result)",
+            "        return out",
+        ]
     if spec.finish:
         arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
         lines.append(f"    return _finish(_bind({arguments}), result)")
@@ -159,18 +170,19 @@ def register(spec: OpSpec, run: Callable[[str], Callable[..., Any]]) -> None:
         made = tuple(desc.empty() for desc in spec.outputs(args))
         return made[0] if spec.num_outputs == 1 else made if made else None
 
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    library = _libraries[name] = torch.library.Library(NAMESPACE, "FRAGMENT")
     tags = [torch.Tag.nondeterministic_seeded] if spec.random else []
     library.define(name + schema(spec), tags=[torch.Tag.pt2_compliant_tag, *tags])
     library.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     if spec.differentiable:
         _register_backward(spec, library, names, unflatten)
-    _libraries[name] = library
 
 
 def unregister(name: str) -> None:
-    _libraries.pop(name)._destroy()
+    library = _libraries.pop(name, None)
+    if library is not None:
+        library._destroy()
 
 
 def _register_backward(
@@ -194,7 +206,7 @@ def _register_backward(
             asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
             grads = torch.autograd.grad(result, asked, grad, allow_unused=True)
         return [
-            torch.zeros_like(leaf) if g is None else g.contiguous()
+            torch.zeros_like(leaf) if g is None else g.clone(memory_format=torch.contiguous_format)
             for leaf, g in zip(asked, grads, strict=True)
         ]
 

@@ -17,7 +17,7 @@ import attrs
 import torch
 
 from kernelhub import plugins, policy, registry
-from kernelhub.backend import Implementation
+from kernelhub.backend import Implementation, reasons_of
 from kernelhub.errors import BackendUnavailable, FallbackWarning
 from kernelhub.grammar import Choice
 from kernelhub.registry import Entry
@@ -87,7 +87,7 @@ class Ranking:
 
 
 def _refusals(spec: OpSpec, implementation: Implementation, args: Args) -> tuple[str, ...]:
-    reasons = list(implementation.rejects(args))
+    reasons = reasons_of(implementation.rejects(args))
     if not implementation.traits.differentiable and torch.is_grad_enabled():
         for name, value in spec.tensors(args).items():
             if value.requires_grad:
@@ -108,8 +108,13 @@ def rank(spec: OpSpec, device: Device, wish: policy.Wish) -> Ranking:
     for entry in registry.entries(spec.name):
         by_backend.setdefault(entry.backend.name, []).append(entry)
 
-    def rest() -> list[str]:  # best first; a backend stands where its best implementation does
-        return [name for name in by_backend if name not in named]
+    def rest() -> list[str]:
+        """Best first: a backend stands where its best implementation for this device does."""
+
+        def best(name: str) -> int:
+            return max((e.priority for e in by_backend[name] if e.serves(device.type)), default=-1)
+
+        return sorted((n for n in by_backend if n not in named), key=best, reverse=True)
 
     order = [n for name in choice.names for n in (rest() if name == "auto" else [name])]
     automatic = "auto" in choice.names
@@ -184,7 +189,7 @@ class Table:
         """The function for a call whose device has no entry; keeps it where it may."""
         call = self.spec.bind(*args, **kwargs)
         device = check_params(self.spec, call)
-        if device is NOT_REAL:
+        if device is NOT_REAL or device.type == "meta":
             return self.not_real
         with registry.lock:
             ranking = self.ranking(device)
@@ -215,8 +220,9 @@ class Table:
             raise BackendUnavailable(str(ranking.selection(call)))
         device = ranking.device
         on_accelerator = device.type not in _HOST_DEVICES
-        forced = ranking.wish.choice is not None and ranking.wish.choice.forced
-        if entry.backend.name == registry.REFERENCE and on_accelerator and not forced:
+        choice = ranking.wish.choice
+        asked_for = choice is not None and choice.names[0] == registry.REFERENCE
+        if entry.backend.name == registry.REFERENCE and on_accelerator and not asked_for:
             self._fell_back(ranking, call, stacklevel)
         elif (entry.name, str(device)) not in self._told:
             self._told.add((entry.name, str(device)))
@@ -230,7 +236,8 @@ class Table:
         if mode == "quiet":
             return
         selection = ranking.selection(call)
-        missed = [c for c in selection.candidates if c.reasons]
+        chosen = next(c for c in selection.candidates if c is selection.chosen)
+        missed = selection.candidates[: selection.candidates.index(chosen)]
         reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in missed)
         reasons = reasons or f"no backend for '{ranking.device.type}' devices is installed"
         if mode == "error":
@@ -251,7 +258,7 @@ class Table:
 
     def failed(self, error: BaseException, *args: Any, **kwargs: Any) -> None:
         """Attach the Selection to an exception that came out of an implementation."""
-        if getattr(error, "kernelhub_selection", None) is not None:
+        if isinstance(error, BackendUnavailable) or hasattr(error, "kernelhub_selection"):
             return
         try:
             call = self.spec.bind(*args, **kwargs)

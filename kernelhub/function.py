@@ -219,6 +219,7 @@ def add(spec: OpSpec) -> OpFunction:
             _ops[spec.name] = Op(spec)
         except BaseException:
             registry.remove_op(spec.name)
+            torch_ops.unregister(spec.name)
             raise
         return _ops[spec.name].function
 

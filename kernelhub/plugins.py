@@ -41,12 +41,21 @@ def load() -> None:
         if _loaded:
             return
         _loaded = True  # before the work: a plug-in may call kernelhub while it loads
-        entries, unreadable = _entry_points.read(GROUP)
-        _problems.extend(Problem("?", "?", line) for line in unreadable)
-        own = [e for e in entries if e.distribution.split(" ")[0] == OWN_DISTRIBUTION]
-        if not any(e.name == registry.REFERENCE for e in own):
-            own.insert(0, _reference_without_metadata())
-        for entry in [*own, *(e for e in entries if e not in own)]:
+        try:
+            _load_all()
+        except BaseException:
+            _loaded = False  # interrupted: the next call takes up the rest
+            raise
+
+
+def _load_all() -> None:
+    entries, unreadable = _entry_points.read(GROUP)
+    _problems[:] = [Problem("?", "?", line) for line in unreadable]
+    own = [e for e in entries if e.distribution.split(" ")[0] == OWN_DISTRIBUTION]
+    if not any(e.name == registry.REFERENCE for e in own):
+        own.insert(0, _reference_without_metadata())
+    for entry in [*own, *(e for e in entries if e not in own)]:
+        if _origins.get(entry.name) != entry.distribution:
             _load_one(entry, shipped=entry in own)
 
 

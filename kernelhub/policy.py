@@ -7,9 +7,9 @@ The nearest wish wins, op by op: `op.on(...)`, then the innermost `use`, then `c
 from __future__ import annotations
 
 import os
-from contextlib import ContextDecorator, suppress
+from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
@@ -91,8 +91,7 @@ def _read_environment() -> tuple[_Layer | None, Fallback | None]:
 def wish(op: str) -> Wish:
     """The choice that applies to an op in this thread."""
     environment = _read_environment()[0]
-    layers = [layer for layer in reversed(_stack.get()) if not layer.ended]
-    for layer in (*layers, _configured, environment):
+    for layer in (*reversed(_alive()), _configured, environment):
         choice = layer.rules.match(op) if layer else None
         if layer and choice:
             return Wish(choice, layer.origin)
@@ -134,7 +133,7 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
     def __init__(self, backend: str) -> None:
         self._rules = _parse(backend)
         self._text = backend
-        self._entered: list[tuple[_Layer, Any]] = []
+        self._entered: list[_Layer] = []
 
     def _recreate_cm(self) -> use:
         return use(self._text)  # a decorated function may run in several threads at once
@@ -144,24 +143,31 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
         layer = _Layer(self._rules, f'use("{self._text}")')
         with registry.lock:
             _active_uses += 1
-            self._entered.append((layer, _stack.set((*_stack.get(), layer))))
+            self._entered.append(layer)
+            _stack.set((*_alive(), layer))
             _changed()
         return self
 
     def __exit__(self, *exc: object) -> None:
         global _active_uses
         with registry.lock:
-            layer, token = self._entered.pop()
+            # One object may be entered by several threads: end the block that this context entered.
+            # A generator that was moved to another context has none here; its last block ends.
+            own = [layer for layer in _alive() if layer in self._entered]
+            layer = own[-1] if own else self._entered[-1]
+            self._entered.remove(layer)
             layer.ended = True
-            with suppress(ValueError):  # left in another context than entered: `ended` decides
-                _stack.reset(token)
+            _stack.set(_alive())
             _active_uses -= 1
             _changed()
 
 
+def _alive() -> tuple[_Layer, ...]:
+    return tuple(layer for layer in _stack.get() if not layer.ended)
+
+
 def _changed() -> None:
     global trace_key
-    layers = [layer for layer in _stack.get() if not layer.ended]
-    texts = ["".join(layer.rules.text.split()) for layer in (_configured, *layers) if layer]
+    texts = ["".join(layer.rules.text.split()) for layer in (_configured, *_alive()) if layer]
     trace_key = " | ".join(texts)
     registry.notify()

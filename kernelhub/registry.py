@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from kernelhub.backend import (
     VENDOR_PRIORITY,
     Backend,
     Implementation,
+    reasons_of,
 )
 from kernelhub.errors import RegistrationError, UnknownName, nearest
 from kernelhub.spec import Device, OpSpec
@@ -225,8 +227,8 @@ def remove_backend(name: str) -> None:
 def _faults(backend: Backend, shipped: bool) -> Iterator[str]:
     if backend.name in _backends:
         yield "a backend of this name is registered already"
-    if backend.name == "auto" or not backend.name.replace("_", "").isalnum():
-        yield "the name must be letters, digits and '_', and not 'auto'"
+    if backend.name == "auto" or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", backend.name):
+        yield "the name must be letters, digits and '_', no digit first, and not 'auto'"
     if backend.name in SHIPPED and not shipped:
         yield f"the name is reserved for the backend that kernelhub ships ({', '.join(SHIPPED)})"
     if backend.api_version not in (API_VERSION, API_VERSION - 1):
@@ -286,7 +288,7 @@ def unavailable(backend: Backend, device: Device | None) -> tuple[str, ...]:
     with lock:
         if key not in _probes:
             try:
-                reasons = tuple(str(reason) for reason in backend.probe(device))
+                reasons = tuple(reasons_of(backend.probe(device)))
             except Exception as error:
                 reasons = (f"its probe failed: {type(error).__name__}: {error}",)
             _probes[key] = reasons

@@ -418,11 +418,15 @@ def check_params(spec: OpSpec, args: Args) -> Any:
             if not isinstance(value, (torch.Tensor, TensorDesc)):
                 _check_plain(spec.name, param, value)
                 continue
-            real = False
+            real = real and _is_memory(type(value))
         if value.dtype not in dtypes or value.dim() not in ranks:
             raise ArgumentError(spec.name, name, param.expected(), value)
         if value.layout is not torch.strided:
             raise ArgumentError(spec.name, name, "a strided tensor", str(value.layout))
+        if real and value.is_neg():  # its memory holds the values with the other sign
+            raise ArgumentError(
+                spec.name, name, "a plain tensor (call resolve_neg())", "a negated view"
+            )
         if writes and value.requires_grad:
             _check_writable(spec.name, name, value)
         if value.device != device:
@@ -432,6 +436,12 @@ def check_params(spec: OpSpec, args: Args) -> Any:
             if value.device != device:
                 raise _wrong_device(spec, name, device, value)
     return device if real else NOT_REAL
+
+
+def _is_memory(kind: type) -> bool:
+    """Whether tensors of a subclass are ordinary memory under another name, as parameters are."""
+    hook = getattr(kind, "__torch_dispatch__", None)
+    return issubclass(kind, torch.Tensor) and hook is torch._C._disabled_torch_dispatch_impl
 
 
 def _wrong_device(spec: OpSpec, name: str, device: Device, value: Any) -> ArgumentError:

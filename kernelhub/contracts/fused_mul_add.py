@@ -153,6 +153,14 @@ def _tensors(
     return make
 
 
+def _out_is(name: str) -> Callable[[torch.Generator], dict[str, Any]]:
+    def make(g: torch.Generator) -> dict[str, Any]:
+        made = {"x": padded_rows(normal(g, (3, 37))), "bias": padded_rows(normal(g, (3, 37)))}
+        return {**made, "scale": 1.3, "out": made[name]}
+
+    return make
+
+
 def _cancellation(g: torch.Generator) -> dict[str, Any]:
     x = normal(g, (64,))
     return {"x": x, "bias": -2.5 * x + normal(g, (64,), scale=1e-6), "scale": 2.5}
@@ -171,6 +179,8 @@ def cases() -> Iterator[Case]:
     columns = _tensors((6, 20), (6, 20), (6, 1), torch.bfloat16)
     yield Case("scale-tensor-bf16", "boundary", columns)
     yield Case("cancellation", "boundary", _cancellation)
+    for name in ("x", "bias"):
+        yield Case(f"out-is-{name}", "boundary", _out_is(name))
     yield Case("nan-and-inf", "hostile", _not_finite)
 
     def bad(name: str, error: str, **changes: Any) -> Case:

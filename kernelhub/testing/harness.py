@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from kernelhub import registry
-from kernelhub.errors import ArgumentError, BackendUnavailable
+from kernelhub.errors import ArgumentError
 from kernelhub.function import entry_for, get
-from kernelhub.spec import Case, Expected, OpSpec, Traits
+from kernelhub.policy import use
+from kernelhub.spec import Case, Expected, OpSpec
 
 _GUARD_BYTES = 256
-_POISON = 0xA5
+_POISON = 0xFF  # NaN in every floating type, so that whatever is added shows
 
 
 @attrs.frozen
@@ -61,6 +62,9 @@ class Buffers:
         offset = t.storage_offset() + _GUARD_BYTES // t.element_size()
         placed = raw.view(t.dtype).as_strided(t.shape, t.stride(), offset)
         return placed.requires_grad_() if t.requires_grad else placed
+
+    def tensors(self) -> list[Tensor]:
+        return [v for v in self.arguments.values() if isinstance(v, Tensor)]
 
     def changed(self, writable: tuple[str, ...]) -> bool:
         """Whether any byte changed outside the elements of the `writable` arguments."""
@@ -140,13 +144,17 @@ def run_case(
     two runs agree bit for bit, `out=` gives the same bits, and each row alone equals the row in
     company, as far as the implementation's traits promise it.
     """
-    call = get(op).on(backend)
+    trial = _Trial(registry.spec(op), case, backend, torch.device(device), seed)
     try:
-        fraction = _judge(registry.spec(op), call, case, backend, torch.device(device), seed)
+        if case.error is not None:
+            trial.expect_error()
+            return Outcome(op, backend, case.name, "passed")
+        entry = trial.entry()
+        if entry is None:  # decided from reasons, before anything ran
+            return Outcome(op, backend, case.name, "declined", 0.0, trial.reasons())
+        fraction = trial.judge(entry)
     except _Fault as fault:
         return Outcome(op, backend, case.name, "failed", math.inf, str(fault))
-    except BackendUnavailable as error:
-        return Outcome(op, backend, case.name, "declined", 0.0, str(error))
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return Outcome(op, backend, case.name, "failed", math.inf, message)
@@ -155,112 +163,132 @@ def run_case(
     return Outcome(op, backend, case.name, "passed", fraction)
 
 
-def _judge(
-    spec: OpSpec,
-    call: Callable[..., Any],
-    case: Case,
-    backend: str,
-    device: torch.device,
-    seed: int,
-) -> float:
-    buffers = Buffers(case.arguments(seed), device)
-    if case.error is not None:
-        _expect_error(spec, call, case, buffers)
-        return 0.0
-    result = call(**buffers.arguments)
-    outputs = _outputs(spec, result, buffers.arguments)
-    if buffers.changed(spec.mutated):
-        raise _Fault("wrote outside its outputs")
-    args = spec.bind(**case.arguments(seed))
-    entry = entry_for(spec.name, backend, spec.bind(**buffers.arguments))
-    assert entry is not None  # it has just run
-    chain = entry.implementation.chain(args) if entry.implementation.chain else None
-    truth = spec.oracle(args, chain)
-    if len(truth) != len(outputs):
-        raise _Fault(f"returned {len(outputs)} tensors, the contract has {len(truth)}")
-    args_out = getattr(args, "out", None)
-    for described, got in zip(spec.outputs(args), outputs, strict=False):
-        if got.dtype != described.dtype or tuple(got.shape) != tuple(described.shape):
-            raise _Fault(f"returned {list(got.shape)} {got.dtype}, the contract has {described}")
-        if args_out is None and not got.is_contiguous():
-            raise _Fault(f"returned strides {got.stride()}, new results are contiguous")
-    fraction = max([compare(e, got) for e, got in zip(truth, outputs, strict=True)] + [0.0])
-    if fraction > 1:
-        return fraction
-    traits = entry.implementation.traits
-    if traits.deterministic:
-        again = Buffers(case.arguments(seed), device)
-        second = call(**again.arguments)
-        if not _same_bits(outputs, _outputs(spec, second, again.arguments)):
+@attrs.frozen
+class _Trial:
+    """One case on one backend."""
+
+    spec: OpSpec
+    case: Case
+    backend: str
+    device: torch.device
+    seed: int
+
+    def arguments(self) -> dict[str, Any]:
+        return self.case.arguments(self.seed)
+
+    def call(self, arguments: dict[str, Any]) -> tuple[Buffers, Any, list[Tensor]]:
+        """Run the op on guarded copies; nothing but outputs may have changed."""
+        buffers = Buffers(arguments, self.device)
+        result = get(self.spec.name).on(self.backend)(**buffers.arguments)
+        if buffers.changed(self.spec.mutated):
+            raise _Fault("wrote outside its outputs")
+        return buffers, result, _outputs(self.spec, result, buffers.arguments)
+
+    def described(self) -> Any:
+        return self.spec.bind(**Buffers(self.arguments(), self.device).arguments)
+
+    def entry(self) -> registry.Entry | None:
+        return entry_for(self.spec.name, self.backend, self.described())
+
+    def reasons(self) -> str:
+        with use(self.backend):
+            given = Buffers(self.arguments(), self.device).arguments
+            return str(get(self.spec.name).explain(**given))
+
+    def expect_error(self) -> None:
+        buffers = Buffers(self.arguments(), self.device)
+        try:
+            get(self.spec.name).on(self.backend)(**buffers.arguments)
+        except ArgumentError as error:
+            if error.argument != self.case.error:
+                raise _Fault(f"blamed '{error.argument}', not '{self.case.error}'") from None
+            if buffers.changed(()):
+                raise _Fault("wrote to memory before it refused the call") from None
+            return
+        raise _Fault(f"accepted a bad '{self.case.error}'")
+
+    def judge(self, entry: registry.Entry) -> float:
+        """The largest error as a share of its bound; raises `_Fault` for a broken promise."""
+        buffers, _, outputs = self.call(self.arguments())
+        args = self.spec.bind(**self.arguments())
+        chain = entry.implementation.chain(args) if entry.implementation.chain else None
+        truth = self.spec.oracle(args, chain)
+        self._check_form(args, truth, outputs, buffers)
+        fraction = _worst(truth, outputs)
+        if fraction > 1:
+            return fraction
+        kept = [t.clone() for t in outputs]
+        traits = entry.implementation.traits
+        _, _, again = self.call(self.arguments())
+        if not _same_bits(outputs, kept):
+            raise _Fault("a second call changed the first result")
+        if traits.deterministic and not _same_bits(outputs, again):
             raise _Fault("a second run gave other bits")
-        _check_out(spec, call, case, device, seed, outputs)
-    _check_rows(spec, call, case, device, seed, outputs, traits)
-    return fraction
+        if "out" in self.spec.signature.parameters and self.arguments().get("out") is None:
+            for pad in (0, 3):
+                self._check_out(truth, kept if traits.deterministic else None, pad)
+        if traits.batch_invariant:
+            self._check_rows(kept)
+        return fraction
+
+    def _check_form(
+        self, args: Any, truth: tuple[Expected, ...], outputs: list[Tensor], buffers: Buffers
+    ) -> None:
+        if len(truth) != len(outputs):
+            raise _Fault(f"returned {len(outputs)} tensors, the contract has {len(truth)}")
+        out = getattr(args, "out", None)
+        memory = {t.untyped_storage()._cdata for t in buffers.tensors()}
+        for desc, got in zip(self.spec.outputs(args), outputs, strict=False):
+            if got.dtype != desc.dtype or tuple(got.shape) != tuple(desc.shape):
+                raise _Fault(f"returned {list(got.shape)} {got.dtype}, the contract has {desc}")
+            if got.device.type != self.device.type:
+                raise _Fault(f"returned a tensor on {got.device} for tensors on {self.device}")
+            if out is None and not got.is_contiguous():
+                raise _Fault(f"returned strides {got.stride()}, new results are contiguous")
+            if out is None and got.numel() and got.untyped_storage()._cdata in memory:
+                raise _Fault("returned the memory of an input")
+
+    def _check_out(self, truth: tuple[Expected, ...], bits: list[Tensor] | None, pad: int) -> None:
+        """`out=` with and without gaps between its rows, NaN wherever nothing is written."""
+        arguments = self.arguments()
+        (desc,) = self.spec.outputs(self.spec.bind(**arguments))
+        shape = desc.shape
+        if pad and not shape:
+            return
+        wide = torch.empty((*shape[:-1], shape[-1] + pad) if shape else (1,), dtype=desc.dtype)
+        if wide.numel():
+            wide.view(torch.uint8).fill_(_POISON)
+        out = wide[..., : shape[-1]] if shape else wide[0]
+        buffers, result, _ = self.call({**arguments, "out": out})
+        if result is not buffers.arguments["out"]:
+            raise _Fault("did not return `out`")
+        if bits is not None and not _same_bits(bits, [result]):
+            raise _Fault("`out=` gave other bits than a fresh result")
+        if not _worst(truth, [result]) <= 1:
+            raise _Fault("`out=` is past the bound")
+
+    def _check_rows(self, outputs: list[Tensor]) -> None:
+        """Each row alone gives the bits that it has in company."""
+        arguments = self.arguments()
+        rows = _row_count(self.spec, arguments)
+        if rows is None or not 1 < rows <= 16:
+            return
+        for row in range(rows):
+            alone = {
+                name: value[row : row + 1]
+                if name in self.spec.rows
+                and isinstance(value, Tensor)
+                and value.shape[:1] == (rows,)
+                else value
+                for name, value in arguments.items()
+            }
+            _, _, single = self.call(alone)
+            if not _same_bits([t[row : row + 1] for t in outputs], single):
+                raise _Fault(f"row {row} alone differs from row {row} in company")
 
 
-def _expect_error(spec: OpSpec, call: Callable[..., Any], case: Case, buffers: Buffers) -> None:
-    try:
-        call(**buffers.arguments)
-    except ArgumentError as error:
-        if error.argument != case.error:
-            raise _Fault(f"blamed '{error.argument}', not '{case.error}': {error}") from None
-        if buffers.changed(()):
-            raise _Fault("wrote to memory before it refused the call") from None
-        return
-    raise _Fault(f"accepted a bad '{case.error}'")
-
-
-def _check_out(
-    spec: OpSpec,
-    call: Callable[..., Any],
-    case: Case,
-    device: torch.device,
-    seed: int,
-    outputs: list[Tensor],
-) -> None:
-    arguments = case.arguments(seed)
-    if "out" not in spec.signature.parameters or arguments.get("out") is not None:
-        return
-    (described,) = spec.outputs(spec.bind(**arguments))
-    out = torch.empty(described.shape, dtype=described.dtype)
-    out.view(torch.uint8).fill_(
-        0xFF
-    ) if out.numel() and out.ndim else None  # NaN wherever unwritten
-    buffers = Buffers({**arguments, "out": out}, device)
-    result = call(**buffers.arguments)
-    if result is not buffers.arguments["out"]:
-        raise _Fault("did not return `out`")
-    if not _same_bits(outputs, [result]):
-        raise _Fault("`out=` gave other bits than a fresh result")
-    if buffers.changed(spec.mutated):
-        raise _Fault("wrote outside `out`")
-
-
-def _check_rows(
-    spec: OpSpec,
-    call: Callable[..., Any],
-    case: Case,
-    device: torch.device,
-    seed: int,
-    outputs: list[Tensor],
-    traits: Traits,
-) -> None:
-    """Each row alone gives the bits that it has in company."""
-    arguments = case.arguments(seed)
-    rows = _row_count(spec, arguments)
-    if not traits.batch_invariant or rows is None or not 1 < rows <= 16:
-        return
-    for row in range(rows):
-        alone = {
-            name: value[row : row + 1]
-            if name in spec.rows and isinstance(value, Tensor) and value.shape[:1] == (rows,)
-            else value
-            for name, value in arguments.items()
-        }
-        buffers = Buffers(alone, device)
-        single = _outputs(spec, call(**buffers.arguments), buffers.arguments)
-        if not _same_bits([t[row : row + 1] for t in outputs], single):
-            raise _Fault(f"row {row} alone differs from row {row} in company")
+def _worst(truth: tuple[Expected, ...], outputs: list[Tensor]) -> float:
+    return max([compare(e, got) for e, got in zip(truth, outputs, strict=True)] + [0.0])
 
 
 def _row_count(spec: OpSpec, arguments: dict[str, Any]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,12 +29,20 @@ def matmul(
     n, (m, k) = weight.shape[0], x.shape
     columns = (x if m > 1 else x.repeat(2, 1)).t()
     tile = max(1, TILE // max(k, 1))
-    products = [
-        dequantize(weight, weight_scale, weight_zero, group_size, k=k, rows=slice(r, r + tile))
-        @ columns
-        for r in range(0, n, tile)
-    ]
+    with full_precision(x):
+        products = [
+            dequantize(weight, weight_scale, weight_zero, group_size, k=k, rows=slice(r, r + tile))
+            @ columns
+            for r in range(0, n, tile)
+        ]
     return torch.cat(products).t()[:m].contiguous() if products else x.new_zeros(m, 0)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Keeps autocast from taking a product to 16 bits."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def dequantize(

@@ -29,7 +29,8 @@ def fused_gemv(
     if weight_scale is None and x.device.type == "cpu" and dtype is x.dtype and not epilogue:
         # On a CPU torch accumulates bf16 and fp16 in fp32 and rounds once (tests hold it to that);
         # elsewhere it may add partial sums in 16 bits.
-        y = F.linear(x, weight)
+        with _weights.full_precision(x):
+            y = F.linear(x, weight)
     else:
         y = _weights.matmul(
             _weights.widen(x, x_scale, group_size), weight, weight_scale, weight_zero, group_size
