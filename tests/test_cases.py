@@ -111,6 +111,56 @@ def test_harness_reports_an_accepted_bad_call(add_backend) -> None:  # type: ign
     assert "blamed 'scale', not 'x'" in run_case(OP, other, "reference").message
 
 
+def test_harness_reports_a_static_result_buffer(add_backend) -> None:  # type: ignore[no-untyped-def]
+    buffer = torch.empty(5, 33)
+    calls = []
+
+    def fused_mul_add(x, bias, scale, *, out=None):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        return buffer.copy_(x * scale + bias + (len(calls) > 1))
+
+    message = judged(add_backend, fused_mul_add).message
+    assert message == "a second call changed the first result"
+
+
+def test_harness_reports_the_memory_of_an_input(add_backend) -> None:  # type: ignore[no-untyped-def]
+    def fused_mul_add(x, bias, scale, *, out=None):  # type: ignore[no-untyped-def]
+        return x
+
+    add_backend(backend(target=fused_mul_add))
+    case = Case(
+        "identity", "boundary", lambda g: {"x": torch.ones(4), "bias": torch.zeros(4), "scale": 1.0}
+    )
+    assert run_case(OP, case, "toy").message == "returned the memory of an input"
+
+
+def test_harness_reports_strides_of_out_ignored(add_backend) -> None:  # type: ignore[no-untyped-def]
+    def fused_mul_add(x, bias, scale, *, out=None):  # type: ignore[no-untyped-def]
+        y = (x * scale + bias).contiguous()
+        if out is not None:
+            rows = torch.as_strided(out, out.shape, (out.shape[-1], 1), out.storage_offset())
+            rows.copy_(y)
+            return out
+        return y
+
+    assert judged(add_backend, fused_mul_add).status == "failed"
+
+
+def test_declined_is_decided_before_anything_runs(add_backend) -> None:  # type: ignore[no-untyped-def]
+    from kernelhub import BackendUnavailable
+
+    def fused_mul_add(x, bias, scale, *, out=None):  # type: ignore[no-untyped-def]
+        raise BackendUnavailable("CUDA error: misaligned address")
+
+    assert judged(add_backend, fused_mul_add).status == "failed"
+    registry.remove_backend("toy")
+    add_backend(backend("picky", implementation={"rejects": lambda call: "built for nothing"}))
+    case = next(c for c in registry.spec(OP).cases() if c.name == "tail-7-float32")
+    outcome = run_case(OP, case, "picky")
+    assert outcome.status == "declined"
+    assert "picky      built for nothing\n" in outcome.message
+
+
 def test_harness_reports_a_row_that_knows_its_neighbours(add_backend) -> None:  # type: ignore[no-untyped-def]
     from kernelhub.backend import Backend, Implementation
     from kernelhub.spec import Traits
@@ -118,8 +168,10 @@ def test_harness_reports_a_row_that_knows_its_neighbours(add_backend) -> None:  
     spec = registry.spec("fused_gemv")
 
     def fused_gemv(x, weight, *args, **kwargs):  # type: ignore[no-untyped-def]
+        out = kwargs.pop("out", None)
         y = spec.reference(x, weight, *args, **kwargs)
-        return y if x.shape[0] == 1 else torch.nextafter(y, y + 1)
+        y = y if x.shape[0] == 1 else torch.nextafter(y, y + 1)
+        return y if out is None else out.copy_(y)
 
     fused_gemv.__signature__ = spec.signature  # type: ignore[attr-defined]
     traits = Traits(batch_invariant=True, deterministic=False, differentiable=True)

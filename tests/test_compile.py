@@ -175,6 +175,33 @@ def test_out_under_compile_is_written_and_returned() -> None:
     assert out.tolist() == [7.0] * 3
 
 
+@pytest.mark.parametrize(
+    "out", [torch.zeros(2, 3), torch.zeros(3, dtype=torch.float64), torch.zeros(3, device="meta")]
+)
+def test_out_under_compile_is_checked(out: torch.Tensor) -> None:
+    op = kernelhub.op(OP)
+    x, bias, scale = call()
+    compiled = torch.compile(lambda o: op(x, bias, scale, out=o), fullgraph=True, backend=BACKEND)
+    with pytest.raises(Exception, match="argument 'out': expected the shape"):
+        compiled(out)
+
+
+def test_forced_in_place_without_a_derivative_is_refused(add_backend) -> None:  # type: ignore[no-untyped-def]
+    from kernelhub.backend import Backend, Implementation
+
+    spec = registry.spec("rotary_embedding")
+    add_backend(Backend("toy", (Implementation("rotary_embedding", spec.reference),)))
+    on = kernelhub.ops.rotary_embedding.on("toy")
+
+    def f(q):  # type: ignore[no-untyped-def]
+        q = q * 1.0
+        on(torch.tensor([0]), q, None, 2, torch.ones(1, 2))
+        return q
+
+    with pytest.raises(Exception, match="only 'reference' has a derivative"):
+        torch.compile(f, fullgraph=True, backend=BACKEND)(torch.ones(1, 2, requires_grad=True))
+
+
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_gradients(mode: str) -> None:
     gemv = kernelhub.ops.fused_gemv

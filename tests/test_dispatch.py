@@ -15,6 +15,7 @@ import torch
 
 import kernelhub
 from kernelhub import ArgumentError, BackendUnavailable, FallbackWarning, TensorDesc, dispatch
+from kernelhub.backend import Backend, Implementation
 from kernelhub.spec import DeviceDesc, Traits, parse_device
 from tests.toys import OP, backend, call, constant
 
@@ -292,3 +293,64 @@ def test_nothing_happens_at_import() -> None:
 def test_a_toy_that_is_wrong_is_seen_to_be_wrong() -> None:
     """Guards the other tests: the toys differ from the truth."""
     assert float(constant(42.0)(*call())[0]) != 7.0
+
+
+def test_a_variant_for_another_device_lifts_nobody(add_backend) -> None:  # type: ignore[no-untyped-def]
+    far = Implementation(OP, constant(1.0), "far", device_types=("musa",), priority=90)
+    near = Implementation(OP, constant(2.0), "near", priority=5, traits=Traits(differentiable=True))
+    add_backend(Backend("two", (far, near)))
+    add_backend(backend("other", 3.0, priority=20))
+    assert float(op(*call())[0]) == 3.0
+
+
+def test_subclasses_that_are_ordinary_memory() -> None:
+    class Weight(torch.nn.Parameter):
+        """As engines attach loaders to their weights."""
+
+    class Plain(torch.Tensor):
+        pass
+
+    weight = torch.randn(4, 8)
+    with torch.no_grad():
+        y = kernelhub.ops.fused_gemv(torch.ones(1, 8), Weight(weight))
+    assert torch.equal(torch.as_tensor(y), kernelhub.ops.fused_gemv(torch.ones(1, 8), weight))
+    x, bias, scale = call()
+    assert op(x.as_subclass(Plain), bias, scale).tolist() == [7.0] * 3
+
+
+def test_meta_tensors_give_shapes() -> None:
+    with torch.device("meta"):
+        x, weight = torch.empty(2, 64), torch.empty(4, 32, 64)
+        ids = torch.empty(2, 2, dtype=torch.int64)
+    y = kernelhub.ops.fused_moe_gemv(x, weight, ids)
+    assert (y.device.type, tuple(y.shape)) == ("meta", (2, 2, 32))
+
+
+def test_a_negated_view_is_refused() -> None:
+    negated = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    assert negated.is_neg()
+    with pytest.raises(ArgumentError, match="resolve_neg"):
+        op(negated, torch.ones(3), 1.0)
+
+
+def test_autocast_does_not_reach_the_reference() -> None:
+    g = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(3, 64, generator=g), torch.randn(32, 64, generator=g)
+    bias = torch.randn(32, generator=g)
+    for more in ({}, {"bias": bias}):
+        plain = kernelhub.ops.fused_gemv(x, weight, **more)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(kernelhub.ops.fused_gemv(x, weight, **more), plain)
+
+
+def test_reference_named_first_is_no_fall_back(accelerator, add_backend) -> None:  # type: ignore[no-untyped-def]
+    add_backend(backend())
+    with warnings.catch_warnings(), kernelhub.use("reference,auto"):
+        warnings.simplefilter("error")
+        kernelhub.configure(fallback="error")
+        assert float(op(*call())[0]) == 7.0
+
+
+def test_one_bare_string_is_one_reason(add_backend) -> None:  # type: ignore[no-untyped-def]
+    add_backend(backend(probe=lambda device: "driver"))
+    assert op.explain(*call()).candidates[0].reasons == ("driver",)

@@ -208,3 +208,30 @@ def test_the_reference_exists_without_any_metadata(tmp_path: Path) -> None:
     run = python(code, tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "3.0 ('reference',)"
+
+
+def test_an_interrupted_load_is_taken_up_again(site: Path) -> None:
+    made = answer(
+        CALL + "load = kernelhub.plugins._load_one; calls = []\n"
+        "def interrupted(entry, *, shipped):\n"
+        "    calls.append(entry.name)\n"
+        "    if len(calls) == 2: raise KeyboardInterrupt\n"
+        "    load(entry, shipped=shipped)\n"
+        "kernelhub.plugins._load_one = interrupted\n"
+        "try: op(x, x, 2.0)\n"
+        "except KeyboardInterrupt: pass\n"
+        "op(x, x, 2.0)\n"
+        "print(json.dumps([op.backends(), len(kernelhub.plugins.problems())]))",
+        site,
+    )
+    assert made == [["alpha", "reference"], 5]
+
+
+def test_odd_entries_on_the_path_are_passed_over(site: Path) -> None:
+    made = answer(
+        "import sys, pathlib; sys.path.append(pathlib.Path('/nowhere'))\n"
+        + CALL
+        + "op(x, x, 2.0); print(json.dumps(op.backends()))",
+        site,
+    )
+    assert made == ["alpha", "reference"]

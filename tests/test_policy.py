@@ -280,3 +280,38 @@ def test_variants_rank_inside_their_backend(add_backend) -> None:  # type: ignor
     assert odd.chosen is not None
     assert odd.chosen.name == "split.any"
     assert odd.candidates[0].reasons == ("built for even sizes",)
+
+
+def test_blocks_that_end_out_of_order_leave_the_others_alone() -> None:
+    def generator():  # type: ignore[no-untyped-def]
+        with kernelhub.use("one"):
+            yield
+
+    moving = generator()
+    next(moving)
+    with kernelhub.use("reference"):
+        next(moving, None)  # the outer block ends inside the inner one
+        assert value() == 7.0
+    assert value() == 2.0
+
+
+def test_one_use_object_in_two_threads() -> None:
+    shared = kernelhub.use("one")
+    inside, leave = threading.Event(), threading.Event()
+    seen: list[float] = []
+
+    def other() -> None:
+        with shared:
+            inside.set()
+            leave.wait()
+            seen.append(value())
+        seen.append(value())
+
+    thread = threading.Thread(target=other)
+    with shared:
+        thread.start()
+        inside.wait()
+    here = value()
+    leave.set()
+    thread.join()
+    assert (here, seen) == (2.0, [1.0, 2.0])
