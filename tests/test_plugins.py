@@ -235,3 +235,29 @@ def test_odd_entries_on_the_path_are_passed_over(site: Path) -> None:
         site,
     )
     assert made == ["alpha", "reference"]
+
+
+def test_a_backend_that_declines_everything_fails_the_kit(tmp_path: Path) -> None:
+    info = tmp_path / "shy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kernelhub.backends]\nshy = shy:backend\n")
+    (tmp_path / "shy.py").write_text(
+        "from kernelhub.backend import Backend, Implementation\n"
+        "from kernelhub.backends.reference.fused_mul_add import fused_mul_add\n"
+        "made = Implementation('fused_mul_add', fused_mul_add, rejects=lambda call: ['shy'])\n"
+        "backend = Backend('shy', (made,))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        + "--kernelhub-backend shy".split(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "declines every case" in run.stdout

@@ -10,7 +10,7 @@ import torch
 
 from kernelhub import plugins, registry
 from kernelhub.spec import Case
-from kernelhub.testing.harness import run_case
+from kernelhub.testing.harness import run_case, takes_some_case
 
 
 def _cases(backend: str) -> Iterator[tuple[str, Case]]:
@@ -36,6 +36,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
         reasons = registry.unavailable(registry.backends()[backend], _device(metafunc.config))
         if reasons:
             raise pytest.UsageError(f"backend '{backend}' cannot be used: {'; '.join(reasons)}")
+    if "case" not in metafunc.fixturenames:
+        metafunc.parametrize("op", sorted({op for op, _ in cases}))
+        return
     metafunc.parametrize(("op", "case"), cases, ids=[f"{op}-{case.name}" for op, case in cases])
 
 
@@ -45,3 +48,9 @@ def test_case(op: str, case: Case, pytestconfig: Any) -> None:
     if outcome.status == "declined":
         pytest.skip(outcome.message)
     assert outcome.status == "passed", f"{outcome.message} (error/bound {outcome.fraction:.3g})"
+
+
+def test_takes_some_call(op: str, pytestconfig: Any) -> None:
+    """A backend that declines every good case has been held to nothing."""
+    backend = pytestconfig.getoption("--kernelhub-backend")
+    assert takes_some_case(op, backend, _device(pytestconfig)), "declines every case"

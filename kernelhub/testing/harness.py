@@ -306,6 +306,13 @@ def _row_count(spec: OpSpec, arguments: dict[str, Any]) -> int | None:
     return int(lead.shape[0])
 
 
+def takes_some_case(op: str, backend: str, device: str | torch.device = "cpu") -> bool:
+    """Whether a backend runs at least one good case of an op."""
+    spec = registry.spec(op)
+    trials = (_Trial(spec, case, backend, torch.device(device), 0) for case in spec.cases())
+    return any(trial.case.error is None and trial.entry() is not None for trial in trials)
+
+
 def conform(
     op: str, backend: str, device: str | torch.device = "cpu", seed: int = 0
 ) -> Iterator[Outcome]:
