@@ -250,8 +250,17 @@ def test_a_backend_that_declines_everything_fails_the_kit(tmp_path: Path) -> Non
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + "--kernelhub-backend shy".split(),
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            *["--kernelhub-backend", "shy"],
+        ],
         capture_output=True,
         text=True,
         check=False,
