@@ -78,28 +78,23 @@ def test_an_installed_backend_is_found_used_and_explained(site: Path) -> None:
     ]
 
 
-def test_the_installed_backend_passes_the_conformance_kit(site: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "--kernelhub-backend",
-            "alpha",
-        ],
+def kit(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `pytest --kernelhub-backend NAME` in a folder that holds the backend."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return subprocess.run(
+        [*command, "--kernelhub-backend", name],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
-        cwd=site,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,
         timeout=300,
     )
+
+
+def test_the_installed_backend_passes_the_conformance_kit(site: Path) -> None:
+    run = kit("alpha", site)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
     assert "failed" not in run.stdout
@@ -248,25 +243,6 @@ def test_a_backend_that_declines_everything_fails_the_kit(tmp_path: Path) -> Non
         "made = Implementation('fused_mul_add', fused_mul_add, rejects=lambda call: ['shy'])\n"
         "backend = Backend('shy', (made,))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            *["--kernelhub-backend", "shy"],
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=tmp_path,
-        timeout=300,
-    )
+    run = kit("shy", tmp_path)
     assert run.returncode == 1, run.stdout + run.stderr
     assert "declines every case" in run.stdout
