@@ -91,12 +91,12 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
                 f"    if {param.name} is not None:",
                 f"        raise ValueError({wanted + ' (pass seed=)'!r})",
             ]
+    arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
     in_place = [p.name for p in spec.params if p.role == "in_place"]
     if in_place:
         # Torch has no derivative of an opaque op that writes in place; that of the reference,
         # traced through, is right.
         needs = " or ".join(f"({n} is not None and {n}.requires_grad)" for n in in_place)
-        arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
         no_derivative = f"{name}: in a compiled function only 'reference' has a derivative"
         lines += [
             f"    if _grad_enabled() and ({needs}):",
@@ -116,7 +116,6 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
             "        return out",
         ]
     if spec.finish:
-        arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
         lines.append(f"    return _finish(_bind({arguments}), result)")
     elif spec.num_outputs:
         lines.append("    return result")

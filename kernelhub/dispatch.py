@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import attrs
@@ -236,8 +237,7 @@ class Table:
         if mode == "quiet":
             return
         selection = ranking.selection(call)
-        chosen = next(c for c in selection.candidates if c is selection.chosen)
-        missed = selection.candidates[: selection.candidates.index(chosen)]
+        missed = takewhile(lambda c: c is not selection.chosen, selection.candidates)
         reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in missed)
         reasons = reasons or f"no backend for '{ranking.device.type}' devices is installed"
         if mode == "error":

@@ -16,7 +16,7 @@ def normal(
 
 def padded_rows(t: torch.Tensor, pad: int = 3) -> torch.Tensor:
     """The same values with `pad` unused elements after each row (last stride stays 1)."""
-    wide = _unused(*t.shape[:-1], t.shape[-1] + pad, dtype=t.dtype)
+    wide = unused(*t.shape[:-1], t.shape[-1] + pad, dtype=t.dtype)
     view = wide[..., : t.shape[-1]]
     view.copy_(t)
     return view
@@ -29,7 +29,7 @@ def transposed(t: torch.Tensor) -> torch.Tensor:
 
 def every_second(t: torch.Tensor) -> torch.Tensor:
     """The same values, last stride 2."""
-    wide = _unused(*t.shape, 2, dtype=t.dtype)
+    wide = unused(*t.shape, 2, dtype=t.dtype)
     view = wide[..., 0]
     view.copy_(t)
     return view
@@ -37,13 +37,13 @@ def every_second(t: torch.Tensor) -> torch.Tensor:
 
 def misaligned(t: torch.Tensor) -> torch.Tensor:
     """The same values, contiguous, starting one element past an aligned address."""
-    flat = _unused(t.numel() + 1, dtype=t.dtype)
+    flat = unused(t.numel() + 1, dtype=t.dtype)
     view = flat[1:].view(t.shape)
     view.copy_(t)
     return view
 
 
-def _unused(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def unused(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory whose every byte is 0xFF: NaN in floating types, so that reading it shows."""
     t = torch.empty(shape, dtype=dtype)
     if t.numel():

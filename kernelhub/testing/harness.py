@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernelhub import registry
+from kernelhub.contracts._cases import unused
 from kernelhub.errors import ArgumentError
 from kernelhub.function import entry_for, get
 from kernelhub.policy import use
@@ -173,13 +174,17 @@ class _Trial:
     device: torch.device
     seed: int
 
+    @property
+    def op(self) -> Callable[..., Any]:
+        return get(self.spec.name).on(self.backend)
+
     def arguments(self) -> dict[str, Any]:
         return self.case.arguments(self.seed)
 
     def call(self, arguments: dict[str, Any]) -> tuple[Buffers, Any, list[Tensor]]:
         """Run the op on guarded copies; nothing but outputs may have changed."""
         buffers = Buffers(arguments, self.device)
-        result = get(self.spec.name).on(self.backend)(**buffers.arguments)
+        result = self.op(**buffers.arguments)
         if buffers.changed(self.spec.mutated):
             raise _Fault("wrote outside its outputs")
         return buffers, result, _outputs(self.spec, result, buffers.arguments)
@@ -198,7 +203,7 @@ class _Trial:
     def expect_error(self) -> None:
         buffers = Buffers(self.arguments(), self.device)
         try:
-            get(self.spec.name).on(self.backend)(**buffers.arguments)
+            self.op(**buffers.arguments)
         except ArgumentError as error:
             if error.argument != self.case.error:
                 raise _Fault(f"blamed '{error.argument}', not '{self.case.error}'") from None
@@ -255,9 +260,7 @@ class _Trial:
         shape = desc.shape
         if pad and not shape:
             return
-        wide = torch.empty((*shape[:-1], shape[-1] + pad) if shape else (1,), dtype=desc.dtype)
-        if wide.numel():
-            wide.view(torch.uint8).fill_(_POISON)
+        wide = unused(*(*shape[:-1], shape[-1] + pad) if shape else (1,), dtype=desc.dtype)
         out = wide[..., : shape[-1]] if shape else wide[0]
         buffers, result, _ = self.call({**arguments, "out": out})
         if result is not buffers.arguments["out"]:
