@@ -66,7 +66,12 @@ class Implementation:
     @property
     def has_rules(self) -> bool:
         """Whether running it depends on a call's arguments and not on its device alone."""
-        return self.rejects is not _accepts_all or not self.traits.differentiable
+        return self.rejects_some or not self.traits.differentiable
+
+    @property
+    def rejects_some(self) -> bool:
+        """Whether it may refuse a call for its arguments."""
+        return self.rejects is not _accepts_all
 
     def load(self) -> Callable[..., Any]:
         """The function behind `target`; `RegistrationError` where there is none."""
@@ -96,6 +101,10 @@ def _installed(module: str) -> bool:
         return False
 
 
+def _as_tuple(given: Iterable[Implementation]) -> tuple[Implementation, ...]:
+    return tuple(given)
+
+
 @attrs.frozen
 class Backend:
     """A named set of implementations.
@@ -111,13 +120,16 @@ class Backend:
         automatic: whether it may be chosen without being named.
         api_version: the `API_VERSION` it was written for.
         description: one line for `kernelhub backends`.
+        kernels: of a compiled backend, what `kernelhub build` compiles
+            (`kernelhub.backends.native.kernels.Kernels`).
     """
 
     name: str
-    implementations: tuple[Implementation, ...] = attrs.field(converter=tuple)
+    implementations: tuple[Implementation, ...] = attrs.field(converter=_as_tuple)
     device_types: tuple[str, ...] = ()
     probe: Callable[[Device | None], Iterable[str]] = _always_available
     priority: int = PLUGIN_PRIORITY
     automatic: bool = True
     api_version: int = API_VERSION
     description: str = ""
+    kernels: Any = None

@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 import torch
+from torch.autograd import forward_ad
 
 from kernelhub import plugins, policy, registry
 from kernelhub.backend import Implementation, reasons_of
@@ -63,6 +64,12 @@ class Ranking:
         first = next((r.entry for r in self.ranked if r.entry and not r.reasons), None)
         return first is not None and first.implementation.has_rules
 
+    @property
+    def without_rules(self) -> Callable[..., Any] | None:
+        """The first candidate's function, where only a derivative can keep it from running."""
+        first = next((r.entry for r in self.ranked if r.entry and not r.reasons), None)
+        return first.function if first and not first.implementation.rejects_some else None
+
     def pick(self, args: Args) -> Entry | None:
         """The first candidate that takes this call."""
         for ranked in self.ranked:
@@ -89,15 +96,49 @@ class Ranking:
 
 def _refusals(spec: OpSpec, implementation: Implementation, args: Args) -> tuple[str, ...]:
     reasons = reasons_of(implementation.rejects(args))
-    if not implementation.traits.differentiable and torch.is_grad_enabled():
-        for name, value in spec.tensors(args).items():
-            if value.requires_grad:
-                reasons.append(
-                    f"'{name}' requires grad and this backend has no derivative: "
-                    "call it under torch.no_grad() or use 'reference'"
-                )
-                break
+    if not implementation.traits.differentiable:
+        reasons += _underivable(spec.tensors(args))
     return tuple(reasons)
+
+
+def _underivable(tensors: dict[str, Any]) -> list[str]:
+    """Why a backend without derivatives would lose something of a call."""
+    if _transformed():
+        return ["called inside a torch.func transform, which sees torch ops alone: use 'reference'"]
+    mend = "call it under torch.no_grad() or use 'reference'"
+    if torch.is_grad_enabled():
+        for name, value in tensors.items():
+            if value.requires_grad:
+                return [f"'{name}' requires grad and this backend has no derivative: {mend}"]
+    if forward_ad._current_level >= 0:
+        for name, value in tensors.items():
+            if (
+                isinstance(value, torch.Tensor)
+                and forward_ad.unpack_dual(value).tangent is not None
+            ):
+                return [f"'{name}' carries a tangent and this backend has no derivative: {mend}"]
+    return []
+
+
+def _derivable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a derivative of the call may be asked for (a quick yes to whatever is unusual)."""
+    if _transformed() or forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    given = (*args, *kwargs.values()) if kwargs else args
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in given)
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) runs: tensors may be wrapped."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _observed() -> bool:
+    """Whether something follows the call that sees torch ops alone: a dispatch mode (make_fx, a
+    FLOP counter) or torch.jit.trace."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
 def rank(spec: OpSpec, device: Device, wish: policy.Wish) -> Ranking:
@@ -110,10 +151,12 @@ def rank(spec: OpSpec, device: Device, wish: policy.Wish) -> Ranking:
         by_backend.setdefault(entry.backend.name, []).append(entry)
 
     def rest() -> list[str]:
-        """Best first: a backend stands where its best implementation for this device does."""
+        """Best first: a backend stands where its best implementation for this device does; after
+        all that may be chosen automatically, the others."""
 
-        def best(name: str) -> int:
-            return max((e.priority for e in by_backend[name] if e.serves(device.type)), default=-1)
+        def best(name: str) -> tuple[bool, int]:
+            served = (e.priority for e in by_backend[name] if e.serves(device.type))
+            return registry.backends()[name].automatic, max(served, default=-1)
 
         return sorted((n for n in by_backend if n not in named), key=best, reverse=True)
 
@@ -204,9 +247,16 @@ class Table:
 
     def _chooser(self, ranking: Ranking) -> Callable[..., Any]:
         """Chooses on every call, for implementations whose rules look at the arguments."""
-        bind, select = self.spec.bind, self.select
+        bind, select, first = self.spec.bind, self.select, ranking.without_rules
+        told = False
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal told
+            if _observed():
+                return self.not_real(*args, **kwargs)
+            if told and first is not None and not _derivable(args, kwargs):
+                return first(*args, **kwargs)
+            told = True
             return select(ranking, bind(*args, **kwargs)).function(*args, **kwargs)
 
         return run

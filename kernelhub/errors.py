@@ -32,6 +32,14 @@ class BackendUnavailable(KernelhubError, RuntimeError):
     """No backend that the policy allows can run this call. The message lists every reason."""
 
 
+class BuildError(KernelhubError, RuntimeError):
+    """No library of compiled kernels can be found, built or loaded. The message says what to do."""
+
+
+class KernelError(KernelhubError, RuntimeError):
+    """A compiled kernel refused a call or could not be launched."""
+
+
 class PolicyError(KernelhubError, ValueError):
     """Malformed policy text, or a name in it that does not exist."""
 

@@ -262,7 +262,8 @@ def _ties(new: list[Entry]) -> Iterator[str]:
     """Two implementations of one op that could both be first for a device, with equal priority."""
     for index, entry in enumerate(new):
         op = entry.implementation.op
-        for other in [*new[:index], *_entries[op]]:
+        earlier = (e for e in new[:index] if e.implementation.op == op)
+        for other in [*earlier, *_entries[op]]:
             shared = (
                 not entry.device_types
                 or not other.device_types

@@ -92,6 +92,13 @@ def _swapped(t: Tensor) -> Tensor:
     return t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def _token_gap(t: Tensor) -> Tensor:
+    """The same values with four unused lanes after each token: whole heads, odd token strides."""
+    *tokens, heads, size = t.shape
+    padded = padded_rows(t.flatten(-2), 4)
+    return padded.unflatten(-1, (heads, size))
+
+
 def _tag(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -219,10 +226,16 @@ def _shapes() -> dict[str, _Make]:
             _call, tokens=(2, 2), positions=scattered.view(2, 2),
             cos_sin_cache_offsets=torch.tensor([[0, 3], [1, 30]]).t(),
         ),
+        "token-gap": partial(_call, head_size=64, dtype=torch.bfloat16, layout=_token_gap),
+        "cache-misaligned": partial(
+            _call, head_size=64, cos_sin_cache=misaligned(_cache(50, 64, torch.float32))
+        ),
         "cache-rows-padded": _put_cache(padded_rows),
         "cache-by-columns": _put_cache(transposed),
         "cache-every-second": _put_cache(every_second),
-        "cache-misaligned": _put_cache(misaligned),
+        "cache-misaligned": partial(
+            _call, head_size=64, cos_sin_cache=misaligned(_cache(50, 64, torch.float32))
+        ),
         "cache-expanded": _put_cache(lambda t: t[5:6].expand(50, -1)),
         "cache-one-row": partial(_call, num_rows=1),
         "cache-not-unit-circle": lambda g: _call(g, dtype=half, rot_dim=12)

@@ -161,6 +161,11 @@ def _out_is(name: str) -> Callable[[torch.Generator], dict[str, Any]]:
     return make
 
 
+def _out_transposed(g: torch.Generator) -> dict[str, Any]:
+    out = transposed(torch.zeros(3, 37))
+    return {"x": normal(g, (3, 37)), "bias": normal(g, (3, 37)), "scale": 1.3, "out": out}
+
+
 def _cancellation(g: torch.Generator) -> dict[str, Any]:
     x = normal(g, (64,))
     return {"x": x, "bias": -2.5 * x + normal(g, (64,), scale=1e-6), "scale": 2.5}
@@ -176,11 +181,18 @@ def cases() -> Iterator[Case]:
     yield from _good_cases()
     broadcast = _tensors((4, 1, 9), (3, 1), (9,), torch.float32)
     yield Case("broadcast", "boundary", broadcast)
-    columns = _tensors((6, 20), (6, 20), (6, 1), torch.bfloat16)
-    yield Case("scale-tensor-bf16", "boundary", columns)
+    rows = _tensors((6, 20), (6, 20), (6, 1), torch.bfloat16)
+    yield Case("scale-tensor-bf16", "boundary", rows)
+    for dtype in FLOATS:
+        columns = _tensors((6, 48), (48,), (48,), dtype)
+        yield Case(f"scale-per-column-{dtype}".replace("torch.", ""), "boundary", columns)
+    x, bias, scale = (2, 1, 2, 1, 3, 1, 2, 1, 2, 3), (1, 2, 1, 2, 1), (1, 3, 1, 2, 1, 1, 3)
+    many = _tensors(x, bias, scale, torch.float32)
+    yield Case("ten-dimensions", "boundary", many)
     yield Case("cancellation", "boundary", _cancellation)
     for name in ("x", "bias"):
         yield Case(f"out-is-{name}", "boundary", _out_is(name))
+    yield Case("out-transposed", "boundary", _out_transposed)
     yield Case("nan-and-inf", "hostile", _not_finite)
 
     def bad(name: str, error: str, **changes: Any) -> Case:

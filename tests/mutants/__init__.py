@@ -1,4 +1,4 @@
-"""Planted faults of the reference: each must be caught by the op's own cases."""
+"""Planted faults of the references and of the kernels: each must be caught by the op's own cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import attrs
 
 @attrs.frozen
 class Mutant:
-    """Replace `old` (which occurs exactly once in `module`'s source) by `new`."""
+    """Replace `old` (which occurs exactly once in `module`'s source) by `new`.
+
+    `module` is a Python module, or for a kernel a file below `csrc`.
+    """
 
     name: str
     module: str

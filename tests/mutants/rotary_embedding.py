@@ -46,3 +46,80 @@ MUTANTS = (
     ),
     Mutant("written-to-a-copy", _MODULE, "lanes.copy_(", "lanes.contiguous().copy_("),
 )
+
+_KERNEL = "musa/rotary_embedding.mu"
+
+KERNEL_MUTANTS = (
+    Mutant(
+        "rows-unchecked-above",
+        _KERNEL,
+        "row >= 0 && row < r.num_rows ? row : -1",
+        "row >= 0 && row <= r.num_rows ? row : -1",
+    ),
+    Mutant(
+        "rows-unchecked-below",
+        _KERNEL,
+        "row >= 0 && row < r.num_rows ? row : -1",
+        "row < r.num_rows ? (row < 0 ? 0 : row) : -1",
+    ),
+    Mutant("wrapped-sum", _KERNEL, "if (row < 0 && offset < 0) return -1;", ""),
+    Mutant(
+        "offsets-ignored",
+        _KERNEL,
+        "static_cast<uint64_t>(row) + static_cast<uint64_t>(offset)",
+        "static_cast<uint64_t>(row)",
+    ),
+    Mutant("positions-always-int64", _KERNEL, "t.dtype == KH_INT64}", "true}"),
+    Mutant(
+        "query-heads-only",
+        _KERNEL,
+        "packs = r.heads * packs_a_head",
+        "packs = r.query_heads * packs_a_head",
+    ),
+    Mutant(
+        "key-heads-not-counted", _KERNEL, "r.heads += num_heads(a.key, token_dims, head_size);", ""
+    ),
+    Mutant("key-from-query-head", _KERNEL, "number_of_head - r.query_heads)", "number_of_head)"),
+    Mutant("sign-of-sine", _KERNEL, "fmaf(x, c, -__fmul_rn(y, s))", "fmaf(x, c, __fmul_rn(y, s))"),
+    Mutant(
+        "sine-from-cosine",
+        _KERNEL,
+        "row[(r.half + first) * r.column_stride]",
+        "row[first * r.column_stride]",
+    ),
+    Mutant(
+        "packed-sine-from-cosine",
+        _KERNEL,
+        "load<kPack>(row + r.half + first)",
+        "load<kPack>(row + first)",
+    ),
+    Mutant(
+        "lane-stride-ignored",
+        _KERNEL,
+        "(kNeox ? first : 2 * first) * lane_stride",
+        "(kNeox ? first : 2 * first)",
+    ),
+    Mutant(
+        "pairing-swapped",
+        _KERNEL,
+        "(kNeox ? r.half : 1) * lane_stride",
+        "(kNeox ? 1 : r.half) * lane_stride",
+    ),
+    Mutant("token-stride-unchecked", _KERNEL, "h.token_stride * size % bytes == 0 &&", ""),
+    Mutant("address-unchecked", _KERNEL, "aligned(h.data, bytes) &&", ""),
+    Mutant("table-address-unchecked", _KERNEL, "aligned(r.table, kTableBytes) &&", ""),
+    Mutant(
+        "batch-dropped",
+        _KERNEL,
+        "const int64_t token = t - batch * r.tokens_a_batch;",
+        "const int64_t token = t;",
+    ),
+    Mutant(
+        "flat-head-stride",
+        _KERNEL,
+        "flat ? head_size * lane : t.stride[token_dims]",
+        "t.stride[token_dims]",
+    ),
+    Mutant("odd-half-in-packs", _KERNEL, "r.half % kPack == 0 &&", ""),
+)
+"""Faults of the kernel, run by the `simt` backend."""

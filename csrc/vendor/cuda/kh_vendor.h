@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// NVIDIA: everything in which CUDA differs from the other platforms.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#ifndef KH_PLATFORM
+#define KH_PLATFORM "cuda"
+#endif
+#define KH_WARP_SIZE 32
+#define KH_EXPORT extern "C" __attribute__((visibility("default")))
+#define KH_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char kh_dynamic_[]; \
+  type* name = reinterpret_cast<type*>(kh_dynamic_)
+
+namespace kh {
+
+using stream_t = cudaStream_t;
+
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+__device__ __forceinline__ uint16_t float_to_half_bits(float v) {
+  return __half_as_ushort(__float2half_rn(v));
+}
+__device__ __forceinline__ uint16_t float_to_bf16_bits(float v) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(v));
+}
+
+inline const char* launch_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+// Queues a kernel. Returns what is wrong with the launch itself, or an error that waits on the
+// device from earlier work, or 0.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+           A&&... args) {
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+// Makes a device current for a scope, and the one before it afterwards.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    status_ = static_cast<int>(cudaGetDevice(&before_));
+    if (status_ == 0 && before_ != device) {
+      status_ = static_cast<int>(cudaSetDevice(device));
+      changed_ = status_ == 0;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  int status() const { return status_; }
+
+ private:
+  int before_ = 0;
+  int status_ = 0;
+  bool changed_ = false;
+};
+
+}  // namespace kh

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Moore Threads: everything in which MUSA differs from the other platforms. Compiled by mcc with
+// the MUSA SDK; for tests by nvcc, with MUSA names defined on top of CUDA. Not run on MUSA hardware
+// yet.
+#pragma once
+#include <musa_fp16.h>
+#include <musa_runtime.h>
+#include <stdint.h>
+
+#ifndef KH_PLATFORM
+#define KH_PLATFORM "musa"
+#endif
+// Lanes that shuffle with each other. Parts whose warp is 128 wide take masks of 32 lanes too.
+#define KH_WARP_SIZE 32
+#define KH_EXPORT extern "C" __attribute__((visibility("default")))
+#define KH_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char kh_dynamic_[]; \
+  type* name = reinterpret_cast<type*>(kh_dynamic_)
+
+namespace kh {
+
+using stream_t = musaStream_t;
+
+// The header of half is known to spell conversions as CUDA does; of reading its bits that is not
+// known.
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+  __half v;
+  *reinterpret_cast<uint16_t*>(&v) = bits;
+  return __half2float(v);
+}
+__device__ __forceinline__ uint16_t float_to_half_bits(float v) {
+  const __half rounded = __float2half_rn(v);
+  return *reinterpret_cast<const uint16_t*>(&rounded);
+}
+// In integers: mp_21 has no bf16 arithmetic.
+__device__ __forceinline__ uint16_t float_to_bf16_bits(float v) {
+  const unsigned bits = __float_as_uint(v);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN, as CUDA has it
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline const char* launch_error(int code) {
+  return musaGetErrorString(static_cast<musaError_t>(code));
+}
+
+// Queues a kernel. Returns what is wrong with the launch itself, or an error that waits on the
+// device from earlier work, or 0.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+           A&&... args) {
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
+  return static_cast<int>(musaGetLastError());
+}
+
+// Makes a device current for a scope, and the one before it afterwards.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    status_ = static_cast<int>(musaGetDevice(&before_));
+    if (status_ == 0 && before_ != device) {
+      status_ = static_cast<int>(musaSetDevice(device));
+      changed_ = status_ == 0;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) musaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  int status() const { return status_; }
+
+ private:
+  int before_ = 0;
+  int status_ = 0;
+  bool changed_ = false;
+};
+
+}  // namespace kh

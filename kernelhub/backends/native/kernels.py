@@ -1,0 +1,80 @@
+"""The compiled kernels of one backend: from a device to the library and launchers for it."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+import torch
+
+from kernelhub.backend import Implementation
+from kernelhub.backends.native import abi, build
+from kernelhub.backends.native.library import Launcher, Library, StreamOf
+from kernelhub.backends.native.platform import Platform
+
+_lock = threading.Lock()
+
+
+def _leave_alone(library: Library) -> None:
+    pass
+
+
+class Launchers(dict[torch.device, Launcher]):
+    """The launchers of one op by device. The first call for a device builds and loads."""
+
+    def __init__(self, kernels: Kernels, op: str) -> None:
+        self._kernels = kernels
+        self._op = op
+
+    def __missing__(self, device: torch.device) -> Launcher:
+        kernels = self._kernels
+        library = kernels.library(device)
+        launcher = library.launcher(self._op, kernels.device_type, kernels.stream_of)
+        self[device] = launcher
+        return launcher
+
+
+@attrs.frozen
+class Kernels:
+    """What a backend of compiled kernels is made of.
+
+    Attributes:
+        platform: how its libraries are compiled.
+        device_type: the torch device type that they run on.
+        arch_of: the architecture of a device, as the platform's compiler calls it.
+        stream_of: from a device index to the handle of torch's current stream on it; None where
+            DLPack tells it (CUDA) or there are no streams.
+        on_load: called with each library once it is loaded.
+    """
+
+    platform: Platform
+    device_type: str
+    arch_of: Callable[[Any], str]
+    stream_of: StreamOf | None = None
+    on_load: Callable[[Library], None] = _leave_alone
+    _libraries: dict[str, Library] = attrs.field(factory=dict, init=False)
+
+    def library(self, device: Any) -> Library:
+        """The library for a device's architecture; built and loaded on first use."""
+        arch = self.arch_of(device)
+        with _lock:
+            if arch not in self._libraries:
+                path = build.ensure(self.platform, arch)
+                library = Library(path, self.platform.name)
+                self.on_load(library)
+                self._libraries[arch] = library
+            return self._libraries[arch]
+
+    def unavailable(self, device: Any) -> list[str]:
+        """Why no library can be had for a device. Compiles nothing."""
+        return build.available(self.platform, self.arch_of(device))
+
+    def implementations(self, ops: Iterable[str] = tuple(abi.OPS)) -> tuple[Implementation, ...]:
+        """One implementation for each op, made by `make` in the module of the op's name."""
+        return tuple(
+            importlib.import_module(f"kernelhub.backends.native.{op}").make(Launchers(self, op))
+            for op in ops
+        )

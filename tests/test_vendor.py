@@ -1,0 +1,171 @@
+"""What the kernels' sources may say, and that they compile wherever there is a compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernelhub.backends.native import abi
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+HERE = Path(__file__).parent / "vendor"
+KERNELS = sorted(CSRC.glob("musa/*.mu"))
+SHARED = (f"-I{CSRC / 'common'}", f"-I{CSRC / 'include'}")
+
+VENDOR_WORDS = re.compile(
+    r"\b(__CUDACC__|__CUDA_ARCH__|__MUSACC__|__MUSA_ARCH__|__MUSA__|USE_MUSA|USE_CUDA|USE_ROCM"
+    r"|__HIP\w*|cuda[A-Z]\w*|musa[A-Z]\w*|cu[A-Z]\w+|mu[A-Z]\w+)\b"
+)
+PORTABLE = sorted([*CSRC.glob("musa/*"), *CSRC.glob("common/*"), *CSRC.glob("include/**/*.h")])
+
+
+def without_comments(source: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+
+
+def vendor_words(source: str) -> list[str]:
+    return VENDOR_WORDS.findall(without_comments(source))
+
+
+@pytest.mark.parametrize("path", PORTABLE, ids=lambda path: path.name)
+def test_no_platform_is_named_outside_its_vendor_header(path: Path) -> None:
+    source = path.read_text()
+    assert not vendor_words(source)
+    assert not re.findall(r"^\s*#\s*(?:if|ifdef|ifndef|elif)\b.*$", source, re.MULTILINE) or (
+        path.name == "abi.h"
+    ), "a conditional belongs into a vendor header"
+    assert not re.search(r"#\s*include\s*<(torch|ATen|c10)/", source)
+    assert "<<<" not in source, "launch through kh::launch"
+    assert not re.search(r"\basm\b|__nv_|\bdouble\b", without_comments(source)) or (
+        path.name == "abi.h"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["#ifdef USE_MUSA", "#if defined(__CUDACC__)", "cudaGetLastError();", "musaStream_t s;"],
+)
+def test_a_platform_name_would_be_found(line: str) -> None:
+    assert vendor_words(line)
+
+
+def test_the_abi_header_is_current() -> None:
+    header = CSRC / "include" / "kernelhub" / "abi.h"
+    assert header.read_text() == abi.header(), "run `python scripts/make_abi.py`"
+
+
+def test_the_fingerprint_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = abi.fingerprint()
+    fields = abi.OPS["fused_mul_add"]
+    monkeypatch.setitem(abi.OPS, "fused_mul_add", (fields[1], fields[0], *fields[2:]))
+    assert abi.fingerprint() != before
+
+
+# ---- compilers: their lanes are skipped only where the compiler is not installed -----------------
+
+
+def compile_only(command: list[str], tmp_path: Path) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def need(*names: str) -> str:
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"{names[0]} is not installed")
+    return found
+
+
+def nvcc(vendor: tuple[str, ...], source: Path) -> list[str]:
+    return [
+        *(need("nvcc"), "-x", "cu", "-std=c++17", "-O3", "-arch=sm_90a"),
+        *("--Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+        *(*vendor, *SHARED, "-c", str(source), "-o", "kernel.o"),
+    ]
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_compiles_for_cuda(source: Path, tmp_path: Path) -> None:
+    compile_only(nvcc((f"-I{CSRC / 'vendor/cuda'}",), source), tmp_path)
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_compiles_with_the_musa_header_on_cuda(source: Path, tmp_path: Path) -> None:
+    vendor = (f"-I{CSRC / 'vendor/musa'}", f"-I{HERE / 'musa_on_cuda'}")
+    compile_only(nvcc(vendor, source), tmp_path)
+
+
+def clang(side: str, source: Path) -> list[str]:
+    return [
+        *(need("clang++-14", "clang++-16", "clang++"), "-x", "cuda", "-nocudainc", "-nocudalib"),
+        *(f"--cuda-{side}-only", "--cuda-gpu-arch=sm_70", "-std=c++17", "-fsyntax-only"),
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-cuda-version"),
+        *(f"-I{HERE / 'declarations'}", *SHARED, str(source)),
+    ]
+
+
+@pytest.mark.parametrize("side", ["host", "device"])
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_clang_knows_every_name(source: Path, side: str, tmp_path: Path) -> None:
+    compile_only(clang(side, source), tmp_path)
+
+
+LEAKS = {
+    "cuda-name": "__global__ void k(float* x) { *x = __cosf(*x); }",
+    "host-call": "void h(float*); __global__ void k(float* x) { h(x); }",
+    "narrowing": "__global__ void k(float* x, long n) { int v[] = {n}; *x = v[0]; }",
+    "wide-shuffle": "__global__ void k(float* x) { *x = __shfl_xor_sync(1u, *x, 1); }",
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_clang_refuses(leak: str, tmp_path: Path) -> None:
+    source = tmp_path / "leak.mu"
+    source.write_text(f"#include <kh_vendor.h>\n{LEAKS[leak]}\n")
+    run = subprocess.run(clang("device", source), capture_output=True, text=True)
+    assert run.returncode != 0, run.stderr
+
+
+# ---- MUSA's names ------------------------------------------------------------------------------
+
+
+def torchada_table() -> dict[str, str]:
+    """CUDA's names to MUSA's, read without importing torchada, which patches torch."""
+    spec = importlib.util.find_spec("torchada")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    table: dict[str, str] = {}
+    for file in ("cuda_runtime", "data_types"):
+        path = Path(spec.submodule_search_locations[0]) / "_mappings" / f"{file}.py"
+        names: dict[str, Any] = {}
+        exec(compile(path.read_text(), str(path), "exec"), names)
+        for value in names.values():
+            if isinstance(value, dict):
+                table.update({k: v for k, v in value.items() if isinstance(v, str)})
+    assert len(table) > 100
+    return table
+
+
+def test_musa_names_agree_with_torchada() -> None:
+    """Every MUSA name in the vendor header is what torchada makes of CUDA's name for it."""
+    table = torchada_table()
+    header = without_comments((CSRC / "vendor/musa/kh_vendor.h").read_text())
+    names = set(re.findall(r"\bmusa[A-Z_]\w*(?:\.h)?", header)) - {"musa_runtime.h"}
+    assert len(names) > 5
+    for name in sorted(names):
+        cuda_name = name.replace("musa", "cuda", 1)
+        assert table.get(cuda_name) == name, f"{cuda_name} is {table.get(cuda_name)}"
+
+
+def test_the_shim_names_all_that_the_musa_header_uses() -> None:
+    header = without_comments((CSRC / "vendor/musa/kh_vendor.h").read_text())
+    shim = "".join(path.read_text() for path in (HERE / "musa_on_cuda").iterdir())
+    for name in set(re.findall(r"\bmusa[A-Z]\w*", header)):
+        assert re.search(rf"\b{name}\b", shim), name

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Declarations only: what a portable kernel may use, and nothing else. With it a plain clang checks
+// the host and the device side of the kernels without any SDK; a name that is not here is an error.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define __host__ __attribute__((host))
+#define __device__ __attribute__((device))
+#define __global__ __attribute__((global))
+#define __shared__ __attribute__((shared))
+#define __constant__ __attribute__((constant))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...) __attribute__((launch_bounds(__VA_ARGS__)))
+
+#define KH_PLATFORM "declarations"
+#define KH_WARP_SIZE 32
+#define KH_EXPORT extern "C" __attribute__((visibility("default")))
+#define KH_DYNAMIC_SHARED(type, name)                                         \
+  extern __shared__ __attribute__((aligned(16))) unsigned char kh_dynamic_[]; \
+  type* name = reinterpret_cast<type*>(kh_dynamic_)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  __host__ __device__ constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1)
+      : x(x), y(y), z(z) {}
+};
+extern __device__ const uint3 threadIdx, blockIdx;
+extern __device__ const dim3 blockDim, gridDim;
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+__device__ void __syncthreads() __attribute__((convergent));
+__device__ int __syncthreads_or(int) __attribute__((convergent));
+__device__ int __syncthreads_count(int) __attribute__((convergent));
+__device__ void __syncwarp(unsigned = 0xffffffffu) __attribute__((convergent));
+// No default width: a warp may have 128 lanes, and only groups of up to 32 may shuffle.
+template <class T>
+__device__ T __shfl_sync(unsigned, T, int, int) __attribute__((convergent));
+template <class T>
+__device__ T __shfl_xor_sync(unsigned, T, int, int) __attribute__((convergent));
+template <class T>
+__device__ T __shfl_up_sync(unsigned, T, unsigned, int) __attribute__((convergent));
+template <class T>
+__device__ T __shfl_down_sync(unsigned, T, unsigned, int) __attribute__((convergent));
+
+__device__ float fmaf(float, float, float);
+__device__ float __fmul_rn(float, float);
+__device__ float __fadd_rn(float, float);
+__device__ float __fdiv_rn(float, float);
+__device__ float __uint_as_float(unsigned);
+__device__ unsigned __float_as_uint(float);
+
+typedef struct declared_stream* declared_stream_t;
+extern "C" __host__ int cudaConfigureCall(dim3, dim3, size_t = 0, declared_stream_t = 0);
+extern "C" __host__ int __cudaPushCallConfiguration(dim3, dim3, size_t = 0, declared_stream_t = 0);
+extern "C" __host__ int cudaLaunchKernel(const void*, dim3, dim3, void**, size_t,
+                                         declared_stream_t);
+
+namespace kh {
+
+using stream_t = declared_stream_t;
+
+__device__ float half_bits_to_float(uint16_t);
+__device__ uint16_t float_to_half_bits(float);
+__device__ uint16_t float_to_bf16_bits(float);
+__host__ const char* launch_error(int code);
+
+template <class... P, class... A>
+__host__ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, stream_t stream,
+                    A&&... args) {
+  kernel<<<grid, block, bytes, stream>>>(static_cast<P>(args)...);
+  return 0;
+}
+
+class DeviceGuard {
+ public:
+  __host__ explicit DeviceGuard(int device);
+  __host__ int status() const;
+};
+
+}  // namespace kh
