@@ -11,6 +11,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 tests/emulation $(PYTEST)
 
 nightly: $(READY)
 	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_hostile.py $(PYTEST)

@@ -287,7 +287,11 @@ class Table:
         if mode == "quiet":
             return
         selection = ranking.selection(call)
-        missed = takewhile(lambda c: c is not selection.chosen, selection.candidates)
+        # Those that came first, and those made for the device that have no kernel for this op.
+        known, kind = registry.backends(), ranking.device.type
+        made = {name for name, backend in known.items() if kind in backend.device_types}
+        before = [*takewhile(lambda c: c is not selection.chosen, selection.candidates)]
+        missed = [c for c in selection.candidates if c in before or c.backend in made]
         reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in missed)
         reasons = reasons or f"no backend for '{ranking.device.type}' devices is installed"
         if mode == "error":

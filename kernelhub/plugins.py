@@ -6,6 +6,7 @@ first needed. A plug-in that fails is kept out, remembered with its reason, and 
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from collections.abc import Iterable
 
@@ -52,23 +53,22 @@ def _load_all() -> None:
     entries, unreadable = _entry_points.read(GROUP)
     _problems[:] = [Problem("?", "?", line) for line in unreadable]
     own = [e for e in entries if e.distribution.split(" ")[0] == OWN_DISTRIBUTION]
-    if not any(e.name == registry.REFERENCE for e in own):
-        own.insert(0, _reference_without_metadata())
+    declared = {entry.name for entry in own}
+    own += [_without_metadata(name) for name in registry.SHIPPED if name not in declared]
     for entry in [*own, *(e for e in entries if e not in own)]:
         if _origins.get(entry.name) != entry.distribution:
             _load_one(entry, shipped=entry in own)
 
 
-def _reference_without_metadata() -> _entry_points.Entry:
-    """`reference` exists even where the package runs from a source tree that is not installed."""
+def _without_metadata(name: str) -> _entry_points.Entry:
+    """A shipped backend where the package runs from a source tree that is not installed."""
+    module = f"kernelhub.backends.{name}"
 
-    def load_reference() -> Backend:
-        from kernelhub.backends.reference import backend
-
+    def load_shipped() -> Backend:
+        backend: Backend = importlib.import_module(module).backend
         return backend
 
-    target = "kernelhub.backends.reference:backend"
-    return _entry_points.Entry(registry.REFERENCE, target, OWN_DISTRIBUTION, load_reference)
+    return _entry_points.Entry(name, f"{module}:backend", OWN_DISTRIBUTION, load_shipped)
 
 
 def _load_one(entry: _entry_points.Entry, *, shipped: bool) -> None:

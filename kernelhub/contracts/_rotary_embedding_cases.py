@@ -94,9 +94,7 @@ def _swapped(t: Tensor) -> Tensor:
 
 def _token_gap(t: Tensor) -> Tensor:
     """The same values with four unused lanes after each token: whole heads, odd token strides."""
-    *tokens, heads, size = t.shape
-    padded = padded_rows(t.flatten(-2), 4)
-    return padded.unflatten(-1, (heads, size))
+    return padded_rows(t.flatten(-2), 4).view(t.shape)
 
 
 def _tag(dtype: torch.dtype) -> str:
@@ -227,15 +225,13 @@ def _shapes() -> dict[str, _Make]:
             cos_sin_cache_offsets=torch.tensor([[0, 3], [1, 30]]).t(),
         ),
         "token-gap": partial(_call, head_size=64, dtype=torch.bfloat16, layout=_token_gap),
-        "cache-misaligned": partial(
+        "cache-misaligned-in-packs": partial(
             _call, head_size=64, cos_sin_cache=misaligned(_cache(50, 64, torch.float32))
         ),
         "cache-rows-padded": _put_cache(padded_rows),
         "cache-by-columns": _put_cache(transposed),
         "cache-every-second": _put_cache(every_second),
-        "cache-misaligned": partial(
-            _call, head_size=64, cos_sin_cache=misaligned(_cache(50, 64, torch.float32))
-        ),
+        "cache-misaligned": _put_cache(misaligned),
         "cache-expanded": _put_cache(lambda t: t[5:6].expand(50, -1)),
         "cache-one-row": partial(_call, num_rows=1),
         "cache-not-unit-circle": lambda g: _call(g, dtype=half, rot_dim=12)

@@ -45,8 +45,8 @@ thread_local DeviceIndex current_device = 0;
 thread_local c10::StreamId current_streams[kDeviceCount] = {};  // 0 is the default stream
 
 DeviceIndex checked(DeviceIndex index) {
-  TORCH_CHECK(index < kDeviceCount, "musa: there is no device ", static_cast<int>(index),
-              ", only ", static_cast<int>(kDeviceCount));
+  TORCH_CHECK(index < kDeviceCount, "musa: there is no device ", static_cast<int>(index), ", only ",
+              static_cast<int>(kDeviceCount));
   return index < 0 ? current_device : index;
 }
 
@@ -280,9 +280,8 @@ class Loan {
       if (ours.is_alias_of(storage)) return theirs;
     }
     const Device host(c10::DeviceType::CPU);
-    storages_.emplace_back(storage,
-                           make_storage(storage.nbytes(), {storage.mutable_data(), host},
-                                        c10::GetAllocator(c10::DeviceType::CPU)));
+    storages_.emplace_back(storage, make_storage(storage.nbytes(), {storage.mutable_data(), host},
+                                                 c10::GetAllocator(c10::DeviceType::CPU)));
     return storages_.back().second;
   }
 
@@ -398,6 +397,12 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool /*non_bl
   return to;
 }
 
+const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef sizes,
+                         std::optional<at::MemoryFormat> format) {
+  const c10::DeviceGuard guard(self.device());  // new memory comes from the current device
+  return at::native::resize_(self, sizes, format);
+}
+
 void record_stream(at::Tensor&, c10::Stream) {}
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
@@ -407,10 +412,19 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("record_stream", record_stream);
   library.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   library.impl("view", TORCH_FN(at::native::view));
-  library.impl("resize_", TORCH_FN(at::native::resize_));
+  library.impl("resize_", resize);
   library.impl("set_.source_Tensor", TORCH_FN(at::native::set_tensor_));
   library.impl("set_.source_Storage", TORCH_FN(at::native::set_));
   library.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
+}
+
+// `copy_from` minds these bits. Torch's own kernels for them resolve them with copies, which come
+// here again.
+TORCH_LIBRARY_IMPL(aten, Conjugate, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(aten, Negative, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
@@ -418,7 +432,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
 }
 
 TORCH_LIBRARY(emulated_musa, library) {
-  library.def("default_generator(int index) -> Generator",
+  library.def("default_generator(int index) -> Generator?",
               [](int64_t index) { return default_generator(static_cast<DeviceIndex>(index)); });
 }
 

@@ -1,4 +1,4 @@
-"""Planted faults of the references and of the kernels: each must be caught by the op's own cases."""
+"""Planted faults of references and kernels: each must be caught by the op's own cases."""
 
 from __future__ import annotations
 

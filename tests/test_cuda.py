@@ -1,0 +1,144 @@
+"""The `cuda` backend on a real device: graphs, streams, threads, errors. Skipped without one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kernelhub
+from kernelhub.errors import KernelError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+mul_add = kernelhub.ops.fused_mul_add
+rotary = kernelhub.ops.rotary_embedding
+
+
+@pytest.fixture(autouse=True)
+def _healthy() -> Iterator[None]:
+    yield
+    torch.cuda.synchronize()  # raises what a test left behind on the device
+
+
+def rotary_arguments(tokens: int) -> dict[str, torch.Tensor | int]:
+    made = torch.Generator(device="cuda").manual_seed(tokens)
+    heads = {
+        name: torch.randn(tokens, n, 128, generator=made, device="cuda", dtype=torch.bfloat16)
+        for name, n in (("query", 32), ("key", 8))
+    }
+    return {
+        "positions": torch.arange(tokens, device="cuda"),
+        **heads,
+        "head_size": 128,
+        "cos_sin_cache": torch.randn(4096, 128, generator=made, device="cuda"),
+    }
+
+
+def test_cuda_is_the_automatic_choice() -> None:
+    x = torch.ones(4, 8, device="cuda")
+    assert mul_add.explain(x, x, 2.0).backend == "cuda"
+
+
+def test_a_graph_replays_with_new_inputs() -> None:
+    arguments = rotary_arguments(7)
+    x, bias = torch.randn(7, 2048, device="cuda"), torch.randn(7, 2048, device="cuda")
+    rotary(**arguments)
+    mul_add(x, bias, 2.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rotary(**arguments)
+        result = mul_add(x, bias, 2.5)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for name in ("query", "key"):
+            arguments[name].normal_()
+        arguments["positions"].random_(0, 4096)
+        x.normal_()
+        expected = {
+            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
+        }
+        rotary(**expected)
+        graph.replay()
+        assert torch.equal(arguments["query"], expected["query"])
+        assert torch.equal(arguments["key"], expected["key"])
+        assert torch.equal(result, mul_add(x, bias, 2.5))
+
+
+def test_the_current_stream_is_used() -> None:
+    x, bias = torch.zeros(1 << 20, device="cuda"), torch.ones(1 << 20, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(3.0)
+        result = mul_add(x, bias, 2.0)
+        assert not stream.query(), "the call waited for the device"
+    stream.synchronize()
+    assert torch.equal(result, torch.full_like(result, 7.0))
+
+
+def test_several_threads() -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        made = torch.Generator(device="cuda").manual_seed(seed)
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            x = torch.randn(64, 1000, generator=made, device="cuda")
+            for scale in range(50):
+                if not torch.equal(mul_add(x, x, float(scale)), torch.add(x, x, alpha=scale)):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_the_second_device() -> None:
+    x = torch.randn(5, 33, device="cuda:1")
+    torch.testing.assert_close(mul_add(x, x, 2.0), 3 * x)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_plan_with_tensors_of_another_place_is_an_error() -> None:
+    x = torch.ones(4, 8, device="cuda")
+    run = mul_add.plan(x, x, 2.0)
+    with pytest.raises((KernelError, TypeError)):
+        run(torch.ones(4, 8), x)
+    assert torch.equal(run(x, x), torch.full_like(x, 3.0))
+
+
+def test_more_than_2_31_elements() -> None:
+    numel = 2**31 + 9
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 13 GB")
+    x = torch.full((numel,), 2.0, device="cuda", dtype=torch.bfloat16)
+    result = mul_add(x, torch.ones(1, device="cuda", dtype=torch.bfloat16), 3.0)
+    assert bool((result == 7.0).all())
+    rows = torch.zeros(2**21 + 2, 8, 128, device="cuda", dtype=torch.bfloat16)
+    rows[-1] = 1.0
+    cache = torch.cat((torch.zeros(1, 64), torch.ones(1, 64)), -1).cuda()
+    rotary(torch.zeros(len(rows), device="cuda", dtype=torch.int32), rows, None, 128, cache)
+    assert rows[-1, :, :64].eq(-1).all()
+    assert rows[-1, :, 64:].eq(1).all()
+    assert not rows[:-1].any()
+
+
+# torch's own inductor imports modules that warn of torch.jit.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_compiled_with_cuda_graphs() -> None:
+    x, bias = torch.randn(16, 2048, device="cuda"), torch.randn(16, 2048, device="cuda")
+
+    def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return mul_add(a * 2, b, 2.5) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            x.normal_()
+            torch.testing.assert_close(compiled(x, bias).clone(), layer(x, bias))

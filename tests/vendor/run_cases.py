@@ -1,0 +1,35 @@
+"""Runs every case of the compiled ops on a backend, for tools that watch a process.
+
+python tests/vendor/run_cases.py BACKEND [DEVICE] [CASE-PATTERN]
+"""
+
+from __future__ import annotations
+
+import sys
+from fnmatch import fnmatchcase
+
+from kernelhub import plugins, registry
+from kernelhub.backends.native import abi
+from kernelhub.testing import run_case
+
+
+def main(backend: str, device: str = "cpu", pattern: str = "*") -> int:
+    if backend == "musa_on_cuda":
+        import tests.vendor.musa_on_cuda_backend  # noqa: F401
+    plugins.load()
+    ran = failed = 0
+    for op in abi.OPS:
+        for case in registry.spec(op).cases():
+            if not fnmatchcase(case.name, pattern):
+                continue
+            outcome = run_case(op, case, backend, device)
+            ran += 1
+            if outcome.status != "passed":
+                failed += 1
+                print(f"{outcome.status} {op} {case.name}: {outcome.message}")
+    print(f"{ran} cases on {backend}, {failed} not passed")
+    return 1 if failed or not ran else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
