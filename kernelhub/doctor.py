@@ -19,7 +19,7 @@ import torch
 
 from kernelhub import grammar, plugins, policy, registry
 from kernelhub.backend import Backend
-from kernelhub.errors import PolicyError, nearest
+from kernelhub.errors import BuildError, PolicyError, nearest
 from kernelhub.spec import parse_device
 
 T = TypeVar("T")
@@ -74,10 +74,47 @@ class BackendReport:
 
 
 @attrs.frozen
+class CompilerReport:
+    """A compiler that was found, or why there is none and what to do. Its lack is no problem where
+    libraries are there or other backends do."""
+
+    name: str
+    path: str = ""
+    version: str = ""
+    missing: str = ""
+
+
+@attrs.frozen
+class CacheReport:
+    """The folder of built libraries. `fault` says why nothing can be built there."""
+
+    path: str = ""
+    fault: str = ""
+
+
+@attrs.frozen
+class LibraryReport:
+    """A library of compiled kernels on this machine. `fault` is empty where it fits.
+
+    `origin`: "shipped" (built ahead of time) or "cache".
+    """
+
+    platform: str
+    arch: str
+    origin: Literal["shipped", "cache"]
+    path: str
+    compiler: str = ""
+    fault: str = ""
+
+
+@attrs.frozen
 class Report:
     versions: dict[str, str]
     devices: tuple[Device, ...]
     environment: tuple[Variable, ...]
+    compilers: tuple[CompilerReport, ...]
+    cache: CacheReport
+    libraries: tuple[LibraryReport, ...]
     backends: tuple[BackendReport, ...]
     ops: tuple[str, ...]
     problems: tuple[str, ...]
@@ -121,8 +158,22 @@ def examine() -> Report:
     environment: tuple[Variable, ...] = guarded("the environment", _environment, ())
     problems += [f"{variable.name}: {variable.fault}" for variable in environment if variable.fault]
     problems += guarded("the policy", lambda: list(_unmet(environment, reports)), [])
-    everything = (*reports, *failures)
-    return Report(versions, seen, environment, everything, ops, tuple(problems))
+    tools: tuple[CompilerReport, ...] = guarded("the compilers", _compilers, ())
+    kept = guarded("the cache", _cache, CacheReport())
+    libraries: tuple[LibraryReport, ...] = guarded(
+        "the libraries", lambda: tuple(_libraries(found)), ()
+    )
+    return Report(
+        versions,
+        seen,
+        environment,
+        tools,
+        kept,
+        libraries,
+        (*reports, *failures),
+        ops,
+        tuple(problems),
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -258,15 +309,79 @@ def _failures() -> Iterator[BackendReport]:
         )
 
 
+def _compilers() -> tuple[CompilerReport, ...]:
+    from kernelhub.backends.native import compilers
+
+    found = []
+    for name, find in compilers.FINDERS.items():
+        try:
+            compiler = find()
+            found.append(CompilerReport(name, compiler.path, compiler.version))
+        except BuildError as error:
+            found.append(CompilerReport(name, missing=str(error)))
+    return tuple(found)
+
+
+def _cache() -> CacheReport:
+    from kernelhub.backends.native import cache
+
+    try:
+        path = str(cache.folder())
+    except BuildError as error:
+        return CacheReport(fault=str(error))
+    try:
+        cache.check_writable()
+    except BuildError as error:
+        return CacheReport(path, str(error))
+    return CacheReport(path)
+
+
+def _libraries(found: dict[str, Backend]) -> Iterator[LibraryReport]:
+    from kernelhub.backends.native import build, platform
+
+    kernels = [getattr(backend.kernels, "platform", None) for backend in found.values()]
+    compiled = {p.name: p for p in (*kernels, platform.BINDING) if isinstance(p, platform.Platform)}
+    for there in build.libraries(compiled.values()):
+        yield LibraryReport(
+            there.platform.name,
+            there.arch,
+            "shipped" if there.shipped else "cache",
+            str(there.path),
+            there.compiler,
+            there.fault,
+        )
+
+
 def _rules(text: str) -> grammar.Rules:
     rules = grammar.parse(text.strip())
     rules.validate(registry.specs(), plugins.known_backends())
     return rules
 
 
+def _cache_dir(text: str) -> None:
+    from kernelhub.backends.native import cache
+
+    cache.check_writable()
+
+
+def _library_path(text: str) -> None:
+    for name in filter(None, text.split(os.pathsep)):
+        if not os.path.isdir(name):
+            raise BuildError(f"{name} is not a folder")
+
+
+def _emulator(text: str) -> None:
+    from kernelhub.backends.simt import options
+
+    options.parse(text)
+
+
 _VARIABLES: dict[str, Callable[[str], Any]] = {
     policy.BACKEND_VARIABLE: _rules,
     policy.FALLBACK_VARIABLE: grammar.parse_fallback,
+    "KERNELHUB_CACHE_DIR": _cache_dir,
+    "KERNELHUB_LIBRARY_PATH": _library_path,
+    "KERNELHUB_SIMT": _emulator,
 }
 """The variables that kernelhub reads, and what reads their text."""
 
@@ -278,8 +393,8 @@ def _environment() -> tuple[Variable, ...]:
         if name in _VARIABLES and value.strip():
             try:
                 _VARIABLES[name](value)
-            except PolicyError as error:
-                fault = str(error)
+            except (PolicyError, BuildError) as error:
+                fault = str(error).removeprefix(f"{name}: ")
         elif name.startswith("KERNELHUB_") and name not in _VARIABLES:
             note = f"kernelhub reads no variable of this name; {nearest(name, _VARIABLES)}"
         elif name not in (*_VARIABLES, *_OTHERS_VARIABLES):

@@ -53,7 +53,7 @@ __device__ __forceinline__ Pack<T, kPack> load_row(const T* row, int64_t first, 
   Pack<T, kPack> v;
   if (stride == 1 && count == kPack) return load<kPack>(row + first);
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) v.at[i] = row[i < count ? (first + i) * stride : 0];
+  for (int i = 0; i < kPack; ++i) v.at[i] = i < count ? row[(first + i) * stride] : T{};
   return v;
 }
 

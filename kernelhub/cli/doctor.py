@@ -46,6 +46,16 @@ def _print(report: Report) -> None:
         row(variable.name, state, variable.value, variable.fault, variable.note)
     if not report.environment:
         row("none", "", "no KERNELHUB_ variable is set")
+    rows.add_row(text("compilers", "bold"))
+    for compiler in report.compilers:
+        state = "missing" if compiler.missing else "usable"
+        row(compiler.name, state, f"{compiler.version} {compiler.path}".strip(), compiler.missing)
+    rows.add_row(text("libraries", "bold"))
+    row("cache", "unusable" if report.cache.fault else "", report.cache.path, report.cache.fault)
+    for library in report.libraries:
+        state = "unfit" if library.fault else library.origin
+        made = f" with {library.compiler}" if library.compiler else ""
+        row(library.platform, state, f"{library.arch}{made}: {library.path}", library.fault)
     rows.add_row(text("backends", "bold"))
     for backend in report.backends:
         row(backend.name, backend.state, *_said(backend, len(report.ops)))

@@ -214,9 +214,8 @@ at::Tensor make_tensor(c10::Storage storage, c10::DispatchKey key, const at::Ten
               " tensors");
   auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
                                                          c10::DispatchKeySet(key), form.dtype());
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  impl->set_sizes_and_strides(form.sizes(), form.strides(), form.storage_offset());
-  if (form.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(form.sizes(), form.strides(),
+                                                      form.storage_offset());
   if (form.is_conj()) tensor._set_conj(true);
   if (form.is_neg()) tensor._set_neg(true);
   return tensor;

@@ -103,8 +103,10 @@ inline Lanes vote(unsigned mask, bool predicate, At at) {
 
 // The lane's group of `width` lanes, by its first.
 inline int group_of(int width, At at) {
-  if (width < 1 || width > kWarp || (width & (width - 1)) != 0)
+  if (width < 1 || width > kWarp || (width & (width - 1)) != 0) {
+    Quiet quiet;
     running_block->fail(at.text() + ": width " + std::to_string(width));
+  }
   return running_thread->lane / width * width;
 }
 
@@ -145,7 +147,7 @@ inline int __all_sync(unsigned mask, int predicate, SIMT_PLACE) {
 
 template <class T, class F>
 T simt_read_modify_write(T* p, F f, const simt::At& at) {
-  simt::running_block->check_time(at);
+  simt::running_block->may_spin(at);
   T old, next;
   __atomic_load(p, &old, __ATOMIC_RELAXED);
   do {
@@ -170,12 +172,12 @@ T atomicCAS(T* p, T expected, T v, SIMT_PLACE) {
       p, [=](T old) { return old == expected ? v : old; }, SIMT_HERE("atomicCAS"));
 }
 inline void __threadfence(SIMT_PLACE) {
-  simt::running_block->check_time(SIMT_HERE("__threadfence"));
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  simt::running_block->may_spin(SIMT_HERE("__threadfence"));
+  simt::fence();
 }
 inline void __threadfence_block(SIMT_PLACE) {
-  simt::running_block->check_time(SIMT_HERE("__threadfence_block"));
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  simt::running_block->may_spin(SIMT_HERE("__threadfence_block"));
+  simt::fence();
 }
 
 // ---- arithmetic ------------------------------------------------------------------------------

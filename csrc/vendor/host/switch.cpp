@@ -23,7 +23,6 @@ kh_simt_switch:
     popq  %rbp
     ret
     .size kh_simt_switch, .-kh_simt_switch
-    .section .note.GNU-stack, "", @progbits
 )");
 #elif defined(__aarch64__)
 asm(R"(
@@ -59,6 +58,5 @@ kh_simt_switch:
     add  sp, sp, #160
     ret
     .size kh_simt_switch, .-kh_simt_switch
-    .section .note.GNU-stack, "", %progbits
 )");
 #endif

@@ -1,4 +1,4 @@
-"""Builds libraries of compiled kernels, and finds those that were built before.
+"""Finds libraries of compiled kernels, and builds those that are missing.
 
 A library comes, in this order, from the folders of `KERNELHUB_LIBRARY_PATH` (built ahead of time),
 from the cache, or from a build now. See `docs/building.md`.
@@ -6,29 +6,23 @@ from the cache, or from a build now. See `docs/building.md`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
-import json
 import logging
 import os
 import platform as host
 import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from kernelhub.backends.native import abi, cache
-from kernelhub.backends.native.compilers import Compiler
-from kernelhub.backends.native.platform import Platform, environment
+from kernelhub.backends.native import cache
+from kernelhub.backends.native.compiling import Recipe, sources_hash
+from kernelhub.backends.native.platform import Platform
 from kernelhub.errors import BuildError
 
 logger = logging.getLogger("kernelhub")
@@ -49,7 +43,7 @@ def ensure(platform: Platform, arch: str) -> Path:
         key = (platform, arch)
         if key not in _done:
             try:
-                _done[key] = _find_ahead(platform, arch)[0] or _cached_or_built(platform, arch)
+                _done[key] = _found_or_built(platform, arch)
             except BuildError as error:
                 _done[key] = error
         found = _done[key]
@@ -63,17 +57,17 @@ def available(platform: Platform, arch: str) -> list[str]:
     known = _done.get((platform, arch))
     if known is not None:
         return [str(known)] if isinstance(known, BuildError) else []
-    path, reasons = _find_ahead(platform, arch)
-    if path is not None:
+    library, reasons = _find_ahead(platform, arch)
+    if library is not None:
         return []
-    try:
-        platform.find_compiler()
-        cache.private_folder()
+    obstacles = list(_obstacles(platform))
+    if not obstacles or _find_cached(platform, arch) is not None:
         return []
-    except BuildError as error:
-        if _find_cached(platform, arch) is not None:
-            return []
-        return [*reasons, str(error)]
+    elsewhere = (
+        f"no library built ahead of time was found: `kernelhub build {platform.name} --arch {arch} "
+        f"--output DIR` makes one, {LIBRARY_PATH_VARIABLE}=DIR names its folder"
+    )
+    return [*(reasons or [elsewhere]), *obstacles]
 
 
 def build(
@@ -85,6 +79,8 @@ def build(
     Raises `BuildError`.
     """
     library = _cached_or_built(platform, arch, force=force)
+    with _lock:
+        _done.pop((platform, arch), None)  # an earlier failure is out of date
     if output is None:
         return library
     shipped = output / file_name(platform, arch)
@@ -104,8 +100,11 @@ def file_name(platform: Platform, arch: str) -> str:
 
 def _replace(source: Path, target: Path) -> None:
     part = target.with_name(f"{target.name}.{os.getpid()}")
-    shutil.copyfile(source, part)
-    os.replace(part, target)
+    try:
+        shutil.copyfile(source, part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---- libraries that exist --------------------------------------------------------------------
@@ -114,7 +113,7 @@ def _replace(source: Path, target: Path) -> None:
 def library_folders() -> list[Path]:
     """Where libraries that were built ahead of time are looked for."""
     named = os.environ.get(LIBRARY_PATH_VARIABLE, "").split(os.pathsep)
-    return [*(Path(name) for name in named if name), Path(__file__).parents[2] / "lib"]
+    return [*(Path(name).absolute() for name in named if name), Path(__file__).parents[2] / "lib"]
 
 
 def _find_ahead(platform: Platform, arch: str) -> tuple[Path | None, list[str]]:
@@ -125,17 +124,21 @@ def _find_ahead(platform: Platform, arch: str) -> tuple[Path | None, list[str]]:
         if not library.is_file():
             continue
         try:
-            manifest = cache.read_manifest(library.with_suffix(".json"))
-            _check_fits(library, manifest, platform, arch)
+            check_fits(library, cache.read_manifest(library.with_suffix(".json")), platform, arch)
             return library, []
         except BuildError as error:
             reasons.append(str(error))
-            logger.warning("%s", error)
     return None, reasons
 
 
-def _check_fits(library: Path, manifest: dict[str, Any], platform: Platform, arch: str) -> None:
-    wanted = {"platform": platform.name, "arch": arch, "sources": sources_hash(platform)}
+def check_fits(library: Path, manifest: dict[str, Any], platform: Platform, arch: str) -> None:
+    """`BuildError` unless the library was built of the present sources, for this, and is whole."""
+    wanted = {
+        "platform": platform.name,
+        "arch": arch,
+        "machine": host.machine(),
+        "sources": sources_hash(platform),
+    }
     for name, value in wanted.items():
         if manifest.get(name) != value:
             raise BuildError(
@@ -147,30 +150,78 @@ def _check_fits(library: Path, manifest: dict[str, Any], platform: Platform, arc
 
 def _find_cached(platform: Platform, arch: str) -> Path | None:
     """A library in the cache that any compiler made of the present sources."""
-    for entry, manifest in cache.entries():
-        try:
-            _check_fits(entry / cache.LIBRARY, manifest, platform, arch)
-            return entry / cache.LIBRARY
-        except BuildError:
-            continue
+    with contextlib.suppress(BuildError):  # others may write there
+        for entry, manifest in cache.entries(f"{platform.name}-{arch}-"):
+            with contextlib.suppress(BuildError):  # it does not fit
+                check_fits(entry / cache.LIBRARY, manifest, platform, arch)
+                return entry / cache.LIBRARY
     return None
 
 
-def sources_hash(platform: Platform) -> str:
-    """Of all that a library is compiled from, and of the ABI."""
-    digest = hashlib.sha256(abi.fingerprint().encode())
-    for path in sorted({*platform.sources(), *_headers(platform)}):
-        digest.update(f"\0{path.name}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+@attrs.frozen
+class Found:
+    """A library that lies here. `fault` says why it is not used; empty where it fits."""
+
+    platform: Platform
+    arch: str
+    path: Path
+    shipped: bool
+    compiler: str = ""
+    fault: str = ""
 
 
-def _headers(platform: Platform) -> Iterator[Path]:
-    for folder in platform.includes():
-        yield from (path for path in folder.rglob("*") if path.suffix in (".h", ".muh", ".cuh"))
+def libraries(platforms: Iterable[Platform]) -> Iterator[Found]:
+    """Every library of these platforms, built ahead of time or in the cache."""
+    by_name = {platform.name: platform for platform in platforms}
+    for folder in library_folders():
+        for name, platform in by_name.items():
+            start = f"kernelhub-{name}-"
+            for path in sorted(folder.glob(f"{start}*.so")):
+                yield _examined(platform, path, path.with_suffix(".json"), path.stem[len(start) :])
+    with contextlib.suppress(BuildError):  # the cache's folder is not to be trusted
+        for entry, manifest in cache.entries():
+            if manifest.get("platform") in by_name:
+                arch = str(manifest.get("arch"))
+                platform = by_name[manifest["platform"]]
+                yield _examined(platform, entry / cache.LIBRARY, entry / cache.MANIFEST, arch)
+
+
+def _examined(platform: Platform, library: Path, beside: Path, arch: str) -> Found:
+    shipped = library.name != cache.LIBRARY
+    try:
+        manifest = cache.read_manifest(beside)
+    except BuildError as error:
+        return Found(platform, arch, library, shipped, fault=str(error))
+    compiler = str(manifest.get("compiler", ""))
+    try:
+        check_fits(library, manifest, platform, arch)
+    except BuildError as error:
+        return Found(platform, arch, library, shipped, compiler, str(error))
+    return Found(platform, arch, library, shipped, compiler)
+
+
+def _obstacles(platform: Platform) -> Iterator[str]:
+    """Why nothing can be built now."""
+    for look in (platform.find_compiler, cache.check_writable):
+        try:
+            look()
+        except BuildError as error:
+            yield str(error)
 
 
 # ---- builds ----------------------------------------------------------------------------------
+
+
+def _found_or_built(platform: Platform, arch: str) -> Path:
+    library, reasons = _find_ahead(platform, arch)
+    if library is not None:
+        return library
+    for reason in reasons:
+        logger.warning("%s", reason)
+    try:
+        return _cached_or_built(platform, arch)
+    except BuildError as error:
+        raise BuildError("\n".join([*reasons, str(error)])) from error
 
 
 def _cached_or_built(platform: Platform, arch: str, *, force: bool = False) -> Path:
@@ -184,175 +235,31 @@ def _cached_or_built(platform: Platform, arch: str, *, force: bool = False) -> P
             return cached
         raise
     try:
-        return _from_cache(_Build(platform, arch, compiler), force)
+        return _from_cache(Recipe(platform, arch, compiler), force)
     except OSError as error:
         mend = f"set {cache.VARIABLE} to a folder that can be written"
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             mend = f"free space, or set {cache.VARIABLE} to a folder on another disk"
         raise BuildError(f"building {platform.name} {arch} failed ({error}): {mend}") from error
 
 
-def _from_cache(made: _Build, force: bool) -> Path:
-    with cache.locked(made.entry_name()) as entry:
-        library = entry / cache.LIBRARY
-        if library.is_file() and not force:
-            try:
-                cache.verify(library, cache.read_manifest(entry / cache.MANIFEST))
+def _from_cache(recipe: Recipe, force: bool) -> Path:
+    name = recipe.entry_name()
+    if not force:
+        # Entries are renamed into place, so a whole one needs no lock, nor a folder to write to.
+        with contextlib.suppress(BuildError):
+            library = cache.intact(name)
+            if library is not None:
                 return library
+    with cache.locked(name) as entry:
+        if not force:
+            try:
+                library = cache.intact(name)
             except BuildError as error:
                 logger.warning("%s; building it again", error)
+                library = None
+            if library is not None:
+                return library
         with cache.workshop(entry) as work:
-            made.run(work)
-        return library
-
-
-@attrs.frozen
-class _Build:
-    """One library to be made."""
-
-    platform: Platform
-    arch: str
-    compiler: Compiler
-
-    def compile_flags(self) -> tuple[str, ...]:
-        includes = tuple(f"-I{path}" for path in self.platform.includes())
-        return (*self.platform.compile_flags(self.compiler, self.arch), *includes)
-
-    def link_flags(self) -> tuple[str, ...]:
-        return self.platform.link_flags(self.compiler, self.arch)
-
-    def manifest(self) -> dict[str, Any]:
-        from kernelhub import __version__
-
-        return {
-            "kernelhub": __version__,
-            "platform": self.platform.name,
-            "arch": self.arch,
-            "compiler": f"{self.compiler.name} {self.compiler.version}",
-            "machine": host.machine(),
-            "flags": [*self.platform.compile_flags(self.compiler, self.arch), *self.link_flags()],
-            "sources": sources_hash(self.platform),
-        }
-
-    def entry_name(self) -> str:
-        """The same for all builds that would give the same library."""
-        content = {**self.manifest(), "path": self.compiler.path}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return f"{self.platform.name}-{self.arch}-{digest[:16]}"
-
-    def run(self, work: Path) -> None:
-        """Compile and link in `work`; leaves the library and its manifest there."""
-        sources = self.platform.sources()
-        title = (
-            f"{self.platform.name} {self.arch} with {self.compiler.name} {self.compiler.version}"
-        )
-        logger.info("building %s (%d files)", title, len(sources))
-        objects = [work / f"{path.name}.o" for path in sources]
-        # Linking needs `-x` no more: it would take the objects for sources.
-        steps = [
-            [self.compiler.path, *self.compile_flags(), "-c", str(source), "-o", str(made)]
-            for source, made in zip(sources, objects, strict=True)
-        ]
-        tools = _Tools(work / cache.LOG, title)
-        tools.run_all(steps, total=len(steps) + 1)
-        library = work / cache.LIBRARY
-        names = map(str, objects)
-        tools.run_all(
-            [[self.compiler.path, *names, *self.link_flags(), "-o", str(library)]], total=0
-        )
-        tools.finished()
-        manifest = {**self.manifest(), "sha256": cache.checksum(library)}
-        (work / cache.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in objects:
-            path.unlink()
-
-
-class _Tools:
-    """Runs compilers, several at a time, none of them longer than the build."""
-
-    def __init__(self, log: Path, title: str) -> None:
-        self._log = log
-        self._title = title
-        self._running: set[subprocess.Popen[str]] = set()
-        self._guard = threading.Lock()
-        self._stopped = False
-        self._shows_progress = sys.stderr is not None and sys.stderr.isatty()
-
-    def run_all(self, commands: list[list[str]], total: int) -> None:
-        """Run them all; the first failure ends the rest and is the `BuildError`."""
-        pool = ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, len(commands)))
-        try:
-            jobs = [pool.submit(self._run, command) for command in commands]
-            for done, job in enumerate(as_completed(jobs), start=1):
-                job.result()
-                self._progress(f"{done} of {total}" if total else "linked")
-        except BaseException:
-            self._stop()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _run(self, command: list[str]) -> None:
-        with self._guard:
-            if self._stopped:
-                return
-            # A session of its own: an interrupted build can end it with all that it started.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=environment(),
-                cwd=self._log.parent,
-                start_new_session=True,
-            )
-            self._running.add(process)
-        said, _ = process.communicate()
-        with self._guard:
-            self._running.discard(process)
-            with self._log.open("a") as log:
-                log.write(f"$ {shlex.join(command)}\n{said}")
-        if process.returncode != 0 and not self._stopped:
-            raise self._failure(command, said, process.returncode)
-
-    def _failure(self, command: list[str], said: str, code: int) -> BuildError:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        first = next(iter([*errors, *lines]), f"it said nothing and ended with {code}")
-        kept = self._keep_log()
-        return BuildError(
-            f"building {self._title} failed\n    {first}\n    command: {shlex.join(command)}\n"
-            f"    log: {kept}\n"
-            "    until it is mended, `KERNELHUB_BACKEND=reference` runs without compiled kernels"
-        )
-
-    def _keep_log(self) -> Path:
-        """The log outlives the failed build's folder."""
-        kept = self._log.parent.parent / f"{self._log.parent.name.rpartition('-')[0]}-failed.log"
-        try:
-            shutil.copyfile(self._log, kept)
-        except OSError as error:
-            logger.warning("the log of the build cannot be kept: %s", error)
-        return kept
-
-    def _stop(self) -> None:
-        with self._guard:
-            self._stopped = True
-            for process in self._running:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-
-    def _progress(self, what: str) -> None:
-        logger.debug("building %s: %s", self._title, what)
-        if self._shows_progress:
-            sys.stderr.write(f"\rkernelhub: building {self._title}: {what}\x1b[K")
-            sys.stderr.flush()
-
-    def finished(self) -> None:
-        if self._shows_progress:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            recipe.make(work, cache.log_file(entry))
+        return entry / cache.LIBRARY

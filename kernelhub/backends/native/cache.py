@@ -1,7 +1,8 @@
 """Where built libraries are kept: a private folder, entries that are whole or absent.
 
-An entry is a folder with the library, its manifest and the log of its build. It is made under a
-lock in a folder of its own and renamed into place, so a build that dies leaves no entry.
+An entry is a folder with the library and its manifest. It is made under a lock in a folder of its
+own and renamed into place, so a build that dies leaves no entry. Beside it lie its lock and the log
+of its last build.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,47 +18,84 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from kernelhub.errors import BuildError
+
+logger = logging.getLogger("kernelhub")
 
 VARIABLE = "KERNELHUB_CACHE_DIR"
 LIBRARY = "library.so"
 MANIFEST = "manifest.json"
-LOG = "build.log"
+
+_MEND = f"set {VARIABLE} to a folder of your own"
+_MAKING = "making-"
+_PATIENCE_S = 1.0  # before it is said what is waited for
+
+
+# ---- the folder ------------------------------------------------------------------------------
 
 
 def folder() -> Path:
-    """The cache's folder by the environment; need not exist."""
+    """The cache's folder by the environment; need not exist. `BuildError` where there is none."""
     named = os.environ.get(VARIABLE)
     if named:
-        return Path(named)
+        return Path(named).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kernelhub"
+    if base and Path(base).is_absolute():  # its specification has relative ones ignored
+        return Path(base) / "kernelhub"
+    try:
+        return Path.home() / ".cache" / "kernelhub"
+    except RuntimeError as error:
+        raise BuildError(f"there is no home folder for the cache ({error}): {_MEND}") from error
+
+
+def trusted_folder() -> Path:
+    """The cache's folder, which nobody else can put libraries into; need not exist.
+
+    Raises `BuildError` where others could: this process would load what they left there.
+    """
+    path = folder()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return path
+    except OSError as error:
+        raise BuildError(f"the cache folder {path} cannot be read ({error}): {_MEND}") from error
+    if not path.is_dir():
+        raise BuildError(f"the cache folder {path} is not a folder: {_MEND}")
+    if status.st_uid != os.geteuid():
+        raise BuildError(f"the cache folder {path} belongs to another user: {_MEND}")
+    if status.st_mode & 0o022:
+        raise BuildError(
+            f"others may write to the cache folder {path}: `chmod go-w {path}`, or {_MEND}"
+        )
+    return path
+
+
+def check_writable() -> None:
+    """`BuildError` unless libraries can be built in the cache's folder. Makes nothing."""
+    path = trusted_folder()
+    nearest = next((place for place in (path, *path.parents) if place.exists()), path)
+    if not nearest.is_dir():
+        raise BuildError(f"the cache folder {path} cannot be made: {nearest} is a file: {_MEND}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        what = "is read-only" if nearest == path else f"cannot be made: {nearest} is read-only"
+        raise BuildError(f"the cache folder {path} {what}: {_MEND}")
 
 
 def private_folder() -> Path:
-    """The cache's folder, made where it is missing.
-
-    Raises `BuildError` where it cannot be written, or where others could put libraries into it that
-    this process would then load.
-    """
+    """The cache's folder, made where it is missing. `BuildError` where nothing can be put there."""
+    check_writable()
     path = folder()
-    mend = f"set {VARIABLE} to a folder of your own"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
     except OSError as error:
-        raise BuildError(f"the cache folder {path} cannot be made ({error}): {mend}") from error
-    if status.st_uid != os.geteuid():
-        raise BuildError(f"the cache folder {path} belongs to another user: {mend}")
-    if status.st_mode & 0o022:
-        raise BuildError(
-            f"others may write to the cache folder {path}: `chmod go-w {path}`, or {mend}"
-        )
-    if not os.access(path, os.W_OK):
-        raise BuildError(f"the cache folder {path} is read-only: {mend}")
-    return path
+        raise BuildError(f"the cache folder {path} cannot be made ({error}): {_MEND}") from error
+    return trusted_folder()
+
+
+# ---- libraries and manifests -----------------------------------------------------------------
 
 
 def checksum(path: Path) -> str:
@@ -84,28 +123,50 @@ def verify(library: Path, manifest: dict[str, Any]) -> None:
         raise BuildError(f"{library} is damaged: its checksum is not its manifest's")
 
 
-def entries() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every entry with a readable manifest."""
-    for path in sorted(folder().glob(f"*/{MANIFEST}")):
-        with contextlib.suppress(BuildError):
-            yield path.parent, read_manifest(path)
+def intact(name: str) -> Path | None:
+    """The library of an entry; None where there is no entry. `BuildError` where it is damaged."""
+    entry = trusted_folder() / name
+    if not entry.is_dir():
+        return None
+    verify(entry / LIBRARY, read_manifest(entry / MANIFEST))
+    return entry / LIBRARY
+
+
+def entries(prefix: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every entry with a readable manifest whose name starts with `prefix`."""
+    for path in sorted(trusted_folder().glob(f"*/{MANIFEST}")):
+        if path.parent.name.startswith(prefix) and not path.parent.name.startswith(_MAKING):
+            with contextlib.suppress(BuildError):
+                yield path.parent, read_manifest(path)
+
+
+# ---- making entries --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[Path]:
     """The place of an entry, which no other process makes meanwhile."""
     root = private_folder()
-    with FileLock(root / f"{name}.lock"):
+    lock = FileLock(_lock_file(root, name))
+    try:
+        try:
+            lock.acquire(timeout=_PATIENCE_S)
+        except Timeout:
+            logger.info("waiting for another process, which builds %s", root / name)
+            lock.acquire()
+    except NotImplementedError as error:
+        raise BuildError(f"files in {root} cannot be locked ({error}): {_MEND}") from error
+    try:
         yield root / name
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
 def workshop(entry: Path) -> Iterator[Path]:
     """A folder to make an entry in, while its lock is held. Left without error, it is the entry."""
-    prefix = f"making-{entry.name}-"
-    for abandoned in entry.parent.glob(f"{prefix}*"):  # of builds that were killed
-        shutil.rmtree(abandoned, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
+    _clear(entry)
+    work = Path(tempfile.mkdtemp(prefix=f"{_MAKING}{entry.name}-", dir=entry.parent))
     try:
         yield work
         if entry.exists():
@@ -113,3 +174,27 @@ def workshop(entry: Path) -> Iterator[Path]:
         os.rename(work, entry)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear(entry: Path) -> None:
+    """Remove what builds that were killed left here: those of `entry`, whose lock is held, and of
+    every other entry that nobody makes."""
+    for abandoned in entry.parent.glob(f"{_MAKING}*"):
+        name = abandoned.name.removeprefix(_MAKING).rpartition("-")[0]
+        if name == entry.name:
+            shutil.rmtree(abandoned, ignore_errors=True)
+            continue
+        with (
+            contextlib.suppress(Timeout, OSError),
+            FileLock(_lock_file(entry.parent, name), timeout=0),
+        ):
+            shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _lock_file(root: Path, name: str) -> Path:
+    return root / f"{name}.lock"
+
+
+def log_file(entry: Path) -> Path:
+    """Where the log of an entry's last build is, made or failed."""
+    return entry.with_name(f"{entry.name}.log")

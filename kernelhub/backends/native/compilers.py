@@ -14,6 +14,8 @@ import attrs
 from kernelhub.errors import BuildError
 
 _VERSION_TIMEOUT_S = 60
+_CUDA_HOMES = (Path("/usr/local/cuda"),)
+_MUSA_HOMES = (Path("/usr/local/musa"), Path("/opt/musa"))
 
 
 @attrs.frozen
@@ -47,10 +49,10 @@ def gxx() -> Compiler:
 def nvcc() -> Compiler:
     """NVIDIA's compiler: of $CUDA_HOME, $CUDA_PATH, the path, or /usr/local/cuda."""
     mend = "install the CUDA toolkit 12.0 or later, or set CUDA_HOME to where it is"
-    homes = [_home("CUDA_HOME"), _home("CUDA_PATH")]
-    places = [home / "bin" / "nvcc" for home in homes if home]
-    path = _first("nvcc", [*places, _on_path("nvcc"), Path("/usr/local/cuda/bin/nvcc")], mend)
-    found = _compiler("nvcc", path, "--version", r"release (\d+\.\d+)", mend)
+    named = [home / "bin" / "nvcc" for home in _homes("CUDA_HOME", "CUDA_PATH")]
+    usual = [home / "bin" / "nvcc" for home in _CUDA_HOMES]
+    path = _first("nvcc", [*named, _on_path("nvcc"), *usual], mend)
+    found = _compiler("nvcc", path, "--version", r"release \S+, V(\d+(?:\.\d+)*)", mend)
     gxx()  # nvcc calls it for the host side
     return found.at_least((12, 0), mend)
 
@@ -59,9 +61,10 @@ def mcc() -> Compiler:
     """Moore Threads' compiler: $PYTORCH_MCC, or of $MUSA_HOME, $MUSA_PATH or the usual folders."""
     mend = "install the MUSA SDK, or set MUSA_HOME to where it is"
     named = os.environ.get("PYTORCH_MCC")
-    homes = [_home("MUSA_HOME"), _home("MUSA_PATH"), Path("/usr/local/musa"), Path("/opt/musa")]
-    places = [Path(named)] if named else [home / "bin" / "mcc" for home in homes if home]
-    path = _first("mcc", [*places, *([] if named else [_on_path("mcc")])], mend)
+    homes = [*_homes("MUSA_HOME", "MUSA_PATH"), *_MUSA_HOMES]
+    places = [home / "bin" / "mcc" for home in homes]
+    chosen = [_on_path(named) or Path(named)] if named else [*places, _on_path("mcc")]
+    path = _first("mcc", chosen, mend)
     return _compiler("mcc", path, "--version", r"mcc version (\d+(?:\.\d+)*)", mend)
 
 
@@ -74,14 +77,14 @@ def need_file(path: Path, what: str) -> None:
         raise BuildError(f"{path} is missing, {what}")
 
 
-def _home(variable: str) -> Path | None:
-    value = os.environ.get(variable)
-    return Path(value) if value else None
+def _homes(*variables: str) -> list[Path]:
+    # Absolute: compilers run in another folder.
+    return [Path(os.environ[name]).absolute() for name in variables if os.environ.get(name)]
 
 
 def _on_path(name: str) -> Path | None:
     found = shutil.which(name)
-    return Path(found) if found else None
+    return Path(found).absolute() if found else None
 
 
 def _first(name: str, places: Iterable[Path | None], mend: str) -> Path:
@@ -89,10 +92,8 @@ def _first(name: str, places: Iterable[Path | None], mend: str) -> Path:
     for place in looked:
         if place.is_file() and os.access(place, os.X_OK):
             return place
-    where = ", ".join(str(place) for place in looked)
-    raise BuildError(
-        f"{name} was not found ({f'looked at {where} and ' if where else ''}on the path): {mend}"
-    )
+    where = ", ".join(["PATH", *map(str, looked)])
+    raise BuildError(f"{name} was not found (looked at {where}): {mend}")
 
 
 def _compiler(name: str, path: Path, flag: str, pattern: str, mend: str) -> Compiler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sysconfig
 from collections.abc import Callable
@@ -21,6 +20,14 @@ def csrc() -> Path:
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
+def _the_known(platform: Platform) -> Callable[[str], bool]:
+    return platform.archs.__contains__
+
+
+def _named_as(pattern: str) -> Callable[[str], bool]:
+    return lambda arch: re.fullmatch(pattern, arch) is not None
+
+
 @attrs.frozen
 class Platform:
     """How one platform's library is compiled.
@@ -33,6 +40,7 @@ class Platform:
         includes: the folders to look for headers in, the vendor header's first.
         compile_flags: for a compiler and an architecture.
         link_flags: the same, for the step that makes the library.
+        accepts: whether `kernelhub build` takes a name for an architecture; by default the known.
     """
 
     name: str
@@ -42,6 +50,9 @@ class Platform:
     includes: Callable[[], tuple[Path, ...]]
     compile_flags: Callable[[Compiler, str], tuple[str, ...]]
     link_flags: Callable[[Compiler, str], tuple[str, ...]]
+    accepts: Callable[[str], bool] = attrs.field(
+        default=attrs.Factory(_the_known, takes_self=True), eq=False
+    )
 
 
 def portable_sources() -> tuple[Path, ...]:
@@ -82,6 +93,7 @@ CUDA = Platform(
     includes=includes_of("cuda"),
     compile_flags=_cuda_flags,
     link_flags=lambda compiler, arch: ("-shared",),
+    accepts=_named_as(r"sm_\d{2,3}[af]?"),
 )
 
 
@@ -108,6 +120,7 @@ MUSA = Platform(
     includes=includes_of("musa"),
     compile_flags=_musa_flags,
     link_flags=_musa_link,
+    accepts=_named_as(r"mp_\d{2,3}"),
 )
 
 
@@ -176,9 +189,3 @@ BINDING = Platform(
     compile_flags=lambda compiler, arch: ("-x", "c", "-std=c11", "-O2", *_HIDDEN),
     link_flags=lambda compiler, arch: ("-shared",),
 )
-
-
-def environment() -> dict[str, str]:
-    """What compilers see of the environment. Flags and compilers named there have no effect."""
-    kept = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
-    return {"LANG": "C", **{name: os.environ[name] for name in kept if name in os.environ}}

@@ -141,12 +141,13 @@ class Block {
         resume(t);
         progress = true;
         if (error_.empty() && t.state == State::kDone) retire(t);
-        if (!error_.empty()) return where() + error_;
+        if (!error_.empty()) break;
       }
-      if (!progress) return where() + "deadlock" + waiting_threads();
+      if (error_.empty() && !progress) error_ = "deadlock" + waiting_threads();
+      if (!error_.empty()) break;
     }
     acquire_order(&ends_);
-    return {};
+    return error_.empty() ? error_ : where() + error_;
   }
 
   // Called by a thread: waits for all threads of the block; returns the sum of what they add.
@@ -208,19 +209,20 @@ class Block {
     if (--c->readers == 0) idle_collectives_.push_back(c);
   }
 
-  // Called by a thread: gives up the whole block.
+  // Called by a thread, in a quiet stretch: gives up the whole block.
   [[noreturn]] void fail(const std::string& message) {
     error_ = "thread " + std::to_string(running_thread->number) + ": " + message;
     running_thread->state = State::kWaiting;
     Loud loud;
+    release_order(&ends_);
     to_scheduler(false);
     __builtin_unreachable();
   }
 
   // Called by a thread wherever it may spin.
-  void check_time(At at) {
-    if (launch_->expired.load(std::memory_order_relaxed))
-      fail("still running after " + std::to_string(launch_->timeout_s) + " s, at " + at.text());
+  void may_spin(At at) {
+    Quiet quiet;
+    check_time(at);
   }
 
   bool has_lane(int warp, int lane) const { return warp * kWarp + lane < count_; }
@@ -230,6 +232,10 @@ class Block {
   uint3 index{};
 
  private:
+  void check_time(At at) {
+    if (launch_->expired.load(std::memory_order_relaxed))
+      fail("still running after " + std::to_string(launch_->timeout_s) + " s, at " + at.text());
+  }
   struct FreeShared {
     void operator()(unsigned char* p) const { ::operator delete (p, std::align_val_t{128}); }
   };
@@ -271,7 +277,7 @@ class Block {
     after_switch(&scheduler_watched_, nullptr);
     running_thread = nullptr;
     running_block = outer;
-    if (t.state == State::kDone) {
+    if (t.state == State::kDone && kStacksChangeHands) {
       idle_stacks_.push_back(t.stack);
       t.stack = nullptr;
     }
@@ -303,6 +309,7 @@ class Block {
     self->collective = c;
     {
       Loud loud;
+      release_order(&ends_);  // it may never run again
       to_scheduler(false);
     }
     self->waits_at = {};

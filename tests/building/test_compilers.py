@@ -1,0 +1,129 @@
+"""Which compilers are found, where, and why one will not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kernelhub.backends.native import compilers
+from kernelhub.errors import BuildError
+from tests.building.toys import (
+    HOSTILE,
+    script,
+)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with no compiler. Returns the one folder on the path."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "MUSA_HOME", "MUSA_PATH", "PYTORCH_MCC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compilers, "_CUDA_HOMES", (tmp_path / "usual",))
+    monkeypatch.setattr(compilers, "_MUSA_HOMES", (tmp_path / "usual", tmp_path / "opt"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    return tmp_path / "path"
+
+
+NVCC = "echo 'Cuda compilation tools, release {0}, V{0}.88'"
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "version"),
+    [
+        ("g++", "echo 12.2.0", "12.2.0"),
+        ("g++", "echo 9", "9"),
+        ("nvcc", NVCC.format("13.0"), "13.0.88"),
+        ("nvcc", NVCC.format("12.0"), "12.0.88"),
+        ("mcc", "echo 'mcc version 5.2.0 (git) clang 14'", "5.2.0"),
+        ("mcc", "echo 'mcc version 4.3.1' >&2", "4.3.1"),
+    ],
+)
+def test_versions(name: str, says: str, version: str, bare: Path) -> None:
+    script(bare / "g++", "echo 12.2.0")
+    path = script(bare / name, says)
+    assert compilers.FINDERS[name]() == compilers.Compiler(name, str(path), version)
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "said"),
+    [
+        ("g++", "echo 8.5.0", "is too old, 9 or later is needed: install g++ 9 or later"),
+        ("nvcc", NVCC.format("11.8"), "is too old, 12.0 or later is needed: install the CUDA tool"),
+        ("g++", "echo clang; exit 1", "names no version ('clang'): install g++ 9"),
+        ("mcc", "exit 127", "names no version"),
+        ("mcc", "exec /nowhere/mcc", "names no version"),
+    ],
+)
+def test_compilers_that_will_not_do(name: str, says: str, said: str, bare: Path) -> None:
+    script(bare / "g++", "echo 12.2.0")
+    path = script(bare / name, says)
+    with pytest.raises(BuildError) as caught:
+        compilers.FINDERS[name]()
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("g++", "apt-get install g++"), ("nvcc", "set CUDA_HOME"), ("mcc", "set MUSA_HOME")],
+)
+def test_no_compiler_at_all(name: str, said: str, bare: Path) -> None:
+    with pytest.raises(BuildError, match=f"{name.replace('+', '.')} was not found") as caught:
+        compilers.FINDERS[name]()
+    assert said in str(caught.value)
+
+
+def test_nvcc_needs_a_host_compiler(bare: Path) -> None:
+    script(bare / "nvcc", NVCC.format("13.0"))
+    with pytest.raises(BuildError, match=r"g\+\+ was not found"):
+        compilers.nvcc()
+
+
+def test_a_compiler_that_cannot_be_run(bare: Path) -> None:
+    script(bare / "g++").write_bytes(b"\x7fELF nonsense")
+    with pytest.raises(BuildError, match=r"cannot be run .*: install g\+\+ 9"):
+        compilers.gxx()
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "variables"),
+    [
+        ("nvcc", NVCC.format("13.0"), ("CUDA_HOME", "CUDA_PATH", None, "usual")),
+        ("mcc", "echo mcc version 5.2.0", ("PYTORCH_MCC", "MUSA_HOME", "MUSA_PATH", "usual", None)),
+    ],
+)
+def test_the_order_of_places(
+    name: str,
+    says: str,
+    variables: tuple[str | None, ...],
+    bare: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the last place, which has the compiler alone, to the first, where all have it."""
+    script(bare / "g++", "echo 12.2.0")
+    for variable in reversed(variables):
+        home = bare if variable is None else tmp_path / variable
+        path = script((home if variable is None else home / "bin") / name, says)
+        if variable and variable.isupper():
+            monkeypatch.setenv(variable, str(path if variable == "PYTORCH_MCC" else home))
+        assert compilers.FINDERS[name]().path == str(path)
+
+
+def test_mcc_may_be_named_as_a_command(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = script(bare / "mcc-5", "echo mcc version 5.2.0")
+    monkeypatch.setenv("PYTORCH_MCC", "mcc-5")
+    assert compilers.mcc().path == str(path)
+    monkeypatch.setenv("PYTORCH_MCC", "mcc-6")
+    with pytest.raises(BuildError, match="mcc-6"):
+        compilers.mcc()
+
+
+def test_a_hostile_home(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MUSA_HOME", HOSTILE)
+    with pytest.raises(BuildError, match="mcc was not found"):
+        compilers.mcc()
+    path = script(tmp_path / HOSTILE / "bin" / "mcc", "echo mcc version 5.2.0")
+    assert compilers.mcc().path == str(path)
+    assert not list(tmp_path.rglob("pwned"))
