@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint wheel nightly clean
+.PHONY: demo test lanes lint wheel nightly clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -13,6 +13,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 	$(BIN)/python -m pytest -n 2 tests/emulation $(PYTEST)
 
+# The compiled kernels on the emulator: warp widths, thread orders, sanitizers.
+lanes: $(READY)
+	PYTHON=$(BIN)/python bash tests/lanes.sh
+
 nightly: $(READY)
 	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_hostile.py $(PYTEST)
 
@@ -20,6 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	if command -v clang-format-14 >/dev/null; then \
+	    git ls-files '*.mu' '*.muh' '*.h' '*.c' '*.cpp' | grep -v abi.h | xargs clang-format-14 --dry-run --Werror; \
+	fi
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist

@@ -46,6 +46,8 @@ class _rotary_embedding(_Op, Protocol):
 
         Supported:
             reference: any device, differentiable
+            cuda, musa: devices of their own, no derivative
+            simt: CPU tensors, for tests, no derivative
 
         Cost: reads and writes the rotated lanes, reads a row of the cache for each token; 3 operations
         a rotated lane.
@@ -210,6 +212,8 @@ class _fused_mul_add(_Op, Protocol):
 
         Supported:
             reference: any device, differentiable
+            cuda, musa: devices of their own, no derivative
+            simt: CPU tensors, for tests, no derivative
 
         Cost: reads x and bias, writes the result; 2 operations an element.
         Definition: `fp32(x) * fp32(scale) + fp32(bias)`, rounded to nearest even (torch.addcmul with

@@ -53,6 +53,8 @@ def fused_mul_add(
 
     Supported:
         reference: any device, differentiable
+        cuda, musa: devices of their own, no derivative
+        simt: CPU tensors, for tests, no derivative
 
     Cost: reads x and bias, writes the result; 2 operations an element.
     Definition: `fp32(x) * fp32(scale) + fp32(bias)`, rounded to nearest even (torch.addcmul with

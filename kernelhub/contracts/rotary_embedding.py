@@ -72,6 +72,8 @@ def rotary_embedding(
 
     Supported:
         reference: any device, differentiable
+        cuda, musa: devices of their own, no derivative
+        simt: CPU tensors, for tests, no derivative
 
     Cost: reads and writes the rotated lanes, reads a row of the cache for each token; 3 operations
     a rotated lane.
