@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kernelhub
+from kernelhub import registry
 from kernelhub import ArgumentError, BackendUnavailable, FallbackWarning, TensorDesc, dispatch
 from kernelhub.backend import Backend, Implementation
 from kernelhub.spec import DeviceDesc, Traits, parse_device
