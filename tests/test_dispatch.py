@@ -14,8 +14,14 @@ import pytest
 import torch
 
 import kernelhub
-from kernelhub import registry
-from kernelhub import ArgumentError, BackendUnavailable, FallbackWarning, TensorDesc, dispatch
+from kernelhub import (
+    ArgumentError,
+    BackendUnavailable,
+    FallbackWarning,
+    TensorDesc,
+    dispatch,
+    registry,
+)
 from kernelhub.backend import Backend, Implementation
 from kernelhub.spec import DeviceDesc, Traits, parse_device
 from tests.toys import OP, backend, call, constant
