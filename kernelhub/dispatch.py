@@ -289,7 +289,7 @@ class Table:
         selection = ranking.selection(call)
         # Those that came first, and those made for the device that have no kernel for this op.
         known, kind = registry.backends(), ranking.device.type
-        made = {name for name, backend in known.items() if kind in backend.device_types}
+        made = {n for n, b in known.items() if b.automatic and kind in b.device_types}
         before = [*takewhile(lambda c: c is not selection.chosen, selection.candidates)]
         missed = [c for c in selection.candidates if c in before or c.backend in made]
         reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in missed)

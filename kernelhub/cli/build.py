@@ -25,7 +25,7 @@ from kernelhub.cli._output import (
     stdout_reserved,
     write_json,
 )
-from kernelhub.errors import BuildError, KernelhubError, nearest
+from kernelhub.errors import BuildError, nearest
 
 
 @click.command()
@@ -95,9 +95,7 @@ def _present(kernels: Any) -> tuple[str, ...]:
         if device.usable and device.type == kernels.device_type:
             try:
                 found.append(kernels.arch_of(torch.device(device.name)))
-            except KernelhubError:
-                raise
-            except Exception as error:  # of a driver
+            except Exception as error:  # a driver's, or of malformed options
                 raise Refused(f"{device.name}: {error}; name its architecture: --arch") from error
     return tuple(dict.fromkeys(found))
 

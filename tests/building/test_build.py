@@ -42,12 +42,12 @@ def test_a_library_is_built_once(toy: Toy, store: Path) -> None:
 
 
 def test_the_manifest(toy: Toy) -> None:
-    library = build.ensure(toy.platform, "one")
+    library = build.ensure(toy.platform, "two")
     manifest = json.loads((library.parent / "manifest.json").read_text())
     assert manifest["platform"] == "toy"
-    assert manifest["arch"] == "one"
+    assert manifest["arch"] == "two"
     assert manifest["compiler"] == "g++ 12.0"
-    assert manifest["flags"] == ["-fPIC", '-DARCH="one"', "-shared"]
+    assert manifest["flags"] == ["-fPIC", '-DARCH="two"', "-shared"]
     assert manifest["sources"] == build.sources_hash(toy.platform)
     assert manifest["sha256"] == cache.checksum(library)
 
@@ -187,7 +187,10 @@ def test_an_interrupted_build_ends_its_compilers(toy: Toy, store: Path) -> None:
     assert load(build.ensure(toy.platform, "one")) == 42, "an interruption is not remembered"
 
 
-def test_the_first_failure_ends_the_other_compilers(toy: Toy) -> None:
+def test_the_first_failure_ends_the_other_compilers(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "cores", lambda: 2)
     toy.write("bad.cpp", "")
     wait = toy.waiting
     fail = f"while [ ! -e '{toy.hanging}' ]; do sleep 0.01; done; echo 'x.cpp: error: no'; exit 1"

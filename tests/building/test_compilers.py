@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import attrs
 import pytest
 
-from kernelhub.backends.native import compilers
+from kernelhub.backends.native import build, compilers
+from kernelhub.backends.native.platform import CUDA, MUSA, Platform, csrc
 from kernelhub.errors import BuildError
 from tests.building.toys import (
     HOSTILE,
@@ -50,7 +53,8 @@ def test_versions(name: str, says: str, version: str, bare: Path) -> None:
     [
         ("g++", "echo 8.5.0", "is too old, 9 or later is needed: install g++ 9 or later"),
         ("nvcc", NVCC.format("11.8"), "is too old, 12.0 or later is needed: install the CUDA tool"),
-        ("g++", "echo clang; exit 1", "names no version ('clang'): install g++ 9"),
+        ("g++", "echo clang", "names no version ('clang'): install g++ 9"),
+        ("g++", "echo 12.2.0; exit 1", "names no version ('12.2.0')"),
         ("mcc", "exit 127", "names no version"),
         ("mcc", "exec /nowhere/mcc", "names no version"),
     ],
@@ -126,4 +130,62 @@ def test_a_hostile_home(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         compilers.mcc()
     path = script(tmp_path / HOSTILE / "bin" / "mcc", "echo mcc version 5.2.0")
     assert compilers.mcc().path == str(path)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "arch", "says", "compiling", "linking"),
+    [
+        (
+            MUSA,
+            "mp_22",
+            "echo mcc version 5.2.0",
+            "-x musa -mtgpu --offload-arch=mp_22 -std=c++17 -O3 -Od3 -fPIC -fvisibility=hidden",
+            "-shared -L{home}/lib -lmusart",
+        ),
+        (
+            CUDA,
+            "sm_80",
+            NVCC.format("12.4"),
+            "-x cu -std=c++17 -O3 --generate-code arch=compute_80,code=sm_80 "
+            "-Xcompiler -fPIC,-fvisibility=hidden",
+            "-shared",
+        ),
+    ],
+    ids=["musa", "cuda"],
+)
+def test_the_command_lines(
+    platform: Platform,
+    arch: str,
+    says: str,
+    compiling: str,
+    linking: str,
+    bare: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a stand-in for the vendor's compiler is called with, one that lives at an odd place."""
+    home = tmp_path / HOSTILE
+    monkeypatch.setenv(f"{platform.name.upper()}_HOME", str(home))
+    script(bare / "g++", "echo 12.2.0")
+    touch = f'for last; do :; done; : >"$last"; printf "%s\\n" "$@" >"{tmp_path}/$last.arguments"'
+    name = "mcc" if platform is MUSA else "nvcc"
+    version = f'if [ "$1" = --version ]; then {says}; else {touch}; fi'
+    script(home / "bin" / name, version)
+    one = csrc() / "musa" / "library.mu"
+    library = build.ensure(attrs.evolve(platform, sources=lambda: (one,)), arch)
+    includes = [
+        f"-I{csrc() / folder}" for folder in (f"vendor/{platform.name}", "common", "include")
+    ]
+    assert (tmp_path / "0.o.arguments").read_text().splitlines() == [
+        *compiling.split(),
+        *includes,
+        *("-c", str(one), "-o", "0.o"),
+    ]
+    assert (tmp_path / "library.so.arguments").read_text().splitlines() == [
+        "0.o",
+        *(word.format(home=home) for word in linking.split()),
+        *("-o", "library.so"),
+    ]
+    assert json.loads((library.parent / "manifest.json").read_text())["arch"] == arch
     assert not list(tmp_path.rglob("pwned"))

@@ -123,6 +123,16 @@ def test_a_full_disk(toy: Toy, disk: Path) -> None:
     assert "free space, or set KERNELHUB_CACHE_DIR" in refused(toy)
 
 
+def test_a_disk_that_takes_no_more_files(toy: Toy, disk: Path) -> None:
+    build.ensure(toy.platform, "one")
+    now = os.statvfs(disk)
+    remount(disk, f"nr_inodes={now.f_files - now.f_ffree}")
+    toy.write("answer.h", "#define ANSWER 43\n")
+    said = refused(toy)
+    assert said.startswith("building toy one failed ([Errno 28] No space left on device")
+    assert "free space, or set KERNELHUB_CACHE_DIR" in said
+
+
 def test_a_limit_on_the_size_of_files(toy: Toy) -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
