@@ -61,14 +61,18 @@ class Ranking:
     @property
     def depends_on_arguments(self) -> bool:
         """Whether the first candidate that the device allows may still refuse a call."""
-        first = next((r.entry for r in self.ranked if r.entry and not r.reasons), None)
-        return first is not None and first.implementation.has_rules
+        return self._first is not None and self._first.implementation.has_rules
 
     @property
     def without_rules(self) -> Callable[..., Any] | None:
         """The first candidate's function, where only a derivative can keep it from running."""
-        first = next((r.entry for r in self.ranked if r.entry and not r.reasons), None)
+        first = self._first
         return first.function if first and not first.implementation.rejects_some else None
+
+    @property
+    def _first(self) -> Entry | None:
+        """The first candidate that the device allows."""
+        return next((r.entry for r in self.ranked if r.entry and not r.reasons), None)
 
     def pick(self, args: Args) -> Entry | None:
         """The first candidate that takes this call."""

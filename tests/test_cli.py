@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import kernelhub
 from kernelhub import _entry_points, doctor, plugins, policy, registry
 from kernelhub.backend import Backend, Implementation
-from kernelhub.cli import COMMANDS, main
+from kernelhub.cli import COMMANDS
 from kernelhub.spec import Traits
 from kernelhub.testing import Outcome
+from tests.commands import run, run_json
 
 GEMV = ["--arg", "x=bf16[1,4096]", "--arg", "weight=bf16[12288,4096]"]
 
@@ -30,16 +30,6 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(policy, "_environment", None)
     plugins.load()
-
-
-def run(*arguments: str, code: int = 0, **options: Any) -> Result:
-    result = CliRunner().invoke(main, list(arguments), **options)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def run_json(*arguments: str, code: int = 0, **options: Any) -> Any:
-    return json.loads(run(*arguments, "--json", code=code, **options).stdout)
 
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,27 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 import kernelhub
 from kernelhub.backend import Backend
 from kernelhub.backends.native import build, cache
 from kernelhub.backends.native.kernels import Kernels
-from kernelhub.cli import main
 from kernelhub.errors import BuildError
 from tests.building.toys import HOSTILE, Toy, load, no_compiler
+from tests.commands import run, run_json
 
 ROOT = Path(kernelhub.__file__).parents[1]
-
-
-def run(*arguments: str, code: int = 0, **options: Any) -> Result:
-    result = CliRunner().invoke(main, list(arguments), **options)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def run_json(*arguments: str, code: int = 0, **options: Any) -> Any:
-    return json.loads(run(*arguments, "--json", code=code, **options).stdout)
 
 
 def compiled(name: str, toy: Toy, device_type: str) -> Backend:

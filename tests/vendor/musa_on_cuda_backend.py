@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import attrs
-import torch
 
 from kernelhub import plugins, registry
 from kernelhub.backend import Backend
+from kernelhub.backends.cuda import backend as cuda
 from kernelhub.backends.native.kernels import Kernels
 from kernelhub.backends.native.platform import CUDA, includes_of, portable_sources
 
@@ -26,12 +26,7 @@ PLATFORM = attrs.evolve(
 )
 
 
-def _arch(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device.index or 0)
-    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-
-
-kernels = Kernels(PLATFORM, "cuda", _arch)
+kernels = Kernels(PLATFORM, "cuda", cuda.kernels.arch_of)
 backend = Backend(
     name="musa_on_cuda",
     implementations=kernels.implementations(),

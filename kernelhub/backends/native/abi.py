@@ -19,7 +19,7 @@ VERSION = 1
 """Raised when the meaning of a field changes; a change of a layout shows in the fingerprint."""
 
 MAX_DIMS = 8
-"""Dimensions that a kernel takes; a backend declines tensors with more."""
+"""Dimensions that a kernel takes."""
 
 DTYPES: dict[torch.dtype, int] = {
     torch.uint8: 0x0108,
