@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -16,7 +18,8 @@ from kernelhub.backends.native import abi
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 HERE = Path(__file__).parent / "vendor"
-KERNELS = sorted(CSRC.glob("musa/*.mu"))
+NAMES = HERE / "names.mu"  # uses each allowed name once
+KERNELS = [*sorted(CSRC.glob("musa/*.mu")), NAMES]
 SHARED = (f"-I{CSRC / 'common'}", f"-I{CSRC / 'include'}")
 
 VENDOR_WORDS = re.compile(
@@ -115,6 +118,29 @@ def clang(side: str, source: Path) -> list[str]:
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_clang_knows_every_name(source: Path, side: str, tmp_path: Path) -> None:
     compile_only(clang(side, source), tmp_path)
+
+
+@pytest.mark.parametrize("warp", [32, 128])
+def test_every_name_means_the_same_on_the_emulator(warp: int, tmp_path: Path) -> None:
+    host, library = CSRC / "vendor/host", tmp_path / "names.so"
+    command = [
+        *(need("g++"), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
+        *("-fPIC", "-shared", "-pthread", f"-DKH_SIMT_WARP_SIZE={warp}", f"-I{host}"),
+        *("-x", "c++", str(NAMES), *map(str, host.glob("*.cpp")), "-o", str(library)),
+    ]
+    compile_only(command, tmp_path)
+    floats, integers = (ctypes.c_float * 16)(), (ctypes.c_ulonglong * 32)()
+    integers[2] = 100
+    assert ctypes.CDLL(str(library)).kh_names(floats, integers, None) == 0
+    ones = 2**64 - 1
+    whole = [96, 31, 0, 64, (1 << 40) + (32 << 32), 31, 31, 8 + 10, ones - 13, 16]
+    whole += [bin(0xF0 + 40).count("1"), 4, 26, ones - 1, 47, 49, 0x3FC00000]
+    whole += [0xBFC00000, 64]
+    assert list(integers)[: len(whole)] == whole
+    x = 1.5
+    real = [2 * x, x / 2, math.exp(x), math.tanh(x), math.sqrt(x), x**-0.5, x, -2.0]
+    real += [x * x + 1, x * x + 1 / x, x + 2, x + 8, 2 * x]
+    assert list(floats)[: len(real)] == pytest.approx(real, rel=2.0**-22, abs=0)
 
 
 LEAKS = {

@@ -3,15 +3,20 @@
 //
 //     checks NAME     runs one; prints its result, and the emulator's report where it refuses it
 //     checks all      runs every one that needs no sanitizer, and judges it; 0 where all is as told
+//     checks good     does that with those that keep the rules
 #include <kh_vendor.h>
 #include <stdio.h>
+#include <string.h>
 
+#include <limits>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 extern "C" int kh_simt_configure(const char* order, uint64_t seed, int threads, double timeout_s);
 extern "C" void kh_simt_last_launch(simt::LastLaunch* out);
+extern "C" const char* kh_simt_error(void);
 
 namespace {
 
@@ -64,6 +69,47 @@ __global__ void half_a_warp(float* y) {
   }
   y[threadIdx.x] = v;
 }
+// Lanes that wait for the whole warp do not keep others from meeting among themselves first.
+__global__ void meets_twice(float* y) {
+  float v = 1.f;
+  if (threadIdx.x % 32 >= 16)
+    for (int lanes = 8; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffff0000u, v, lanes, 16);
+  y[threadIdx.x] = v + __shfl_xor_sync(kFull, v, 16, 32);
+}
+__global__ void ballots(float* y) {
+  const unsigned odd = __ballot_sync(kFull, threadIdx.x & 1);
+  const unsigned own = __ballot_sync(kFull, threadIdx.x / 32 == 1);
+  const bool right = odd == 0xaaaaaaaau && own == (threadIdx.x / 32 == 1 ? kFull : 0u);
+  y[threadIdx.x] = right && __popc(odd) == 16 && __ffs(odd) == 2 && __clz(odd) == 0 ? 1.f : 0.f;
+}
+// The last block to come sums up what all wrote: fences, not barriers, put that in order.
+__device__ void sum_of_blocks(float* y, bool fenced) {
+  __shared__ bool last;
+  unsigned* arrived = reinterpret_cast<unsigned*>(y + 1000);
+  if (threadIdx.x == 0) {
+    y[64 + blockIdx.x] = 1.f;
+    if (fenced) __threadfence();
+    last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  float sum = 0.f;
+  for (unsigned b = 0; b < gridDim.x; ++b) sum += y[64 + b];  // HERE sums_unfenced
+  if (threadIdx.x == 0) y[0] = sum;
+}
+__global__ void sums_fenced(float* y) { sum_of_blocks(y, true); }
+__global__ void writes_a_local_array(float* y) {  // on stacks that change hands
+  float squares[64];
+  for (unsigned i = 0; i < 64; ++i) squares[i] = static_cast<float>(i * blockDim.x);
+  y[blockIdx.x * blockDim.x + threadIdx.x] = squares[threadIdx.x * 7 % 64];
+}
+__global__ void reads_unwritten_static(float* y) {
+  __shared__ float s[64];
+  y[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x];
+  s[threadIdx.x] = 1.f;  // must not be seen by the next block
+}
+__global__ void notes_blocks(float* y) { y[blockIdx.x] = atomicAdd(y + 1000, 1.f); }
 __global__ void ends_early(float* y) {
   y[threadIdx.x] = 1.f;
   if (threadIdx.x >= 40) return;
@@ -130,6 +176,16 @@ __global__ void reads_outside_its_mask(float* y) {
   const unsigned mask = threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u;
   y[threadIdx.x] = __shfl_sync(mask, 1.f, 20, 32);  // HERE reads_outside_its_mask
 }
+__global__ void past_the_block(float* y) {               // whose last warp has eight lanes
+  y[threadIdx.x] = __shfl_xor_sync(kFull, 1.f, 16, 32);  // HERE past_the_block
+}
+__global__ void wide_shuffle(float* y) {
+  y[threadIdx.x] = __shfl_xor_sync(kFull, 1.f, 1, 64);  // HERE wide_shuffle
+}
+__global__ void launches(float* y) {
+  y[0] = static_cast<float>(kh::launch(ends_early, dim3(1), dim3(1), 0, nullptr, y));
+}
+__global__ void throws(float*) { throw std::runtime_error("of the kernel"); }
 __global__ void mixed_waits(float* y) {
   float v = 1.f;
   if (threadIdx.x < 16) v = __shfl_xor_sync(kFull, v, 1, 32);  // HERE mixed_waits
@@ -141,6 +197,11 @@ __global__ void odd_width(float* y) {
 }
 __global__ void spins(volatile int* flag) {
   while (*flag == 0) __threadfence();  // HERE spins
+}
+// No barrier, fence or atomic: nothing but the end of the process ends it.
+__global__ void spins_blindly(volatile int* flag) {
+  while (*flag == 0) {
+  }
 }
 __global__ void spins_on_an_atomic(int* flag) {
   while (atomicCAS(flag, 1, 2) == 0) {  // HERE spins_on_an_atomic
@@ -179,8 +240,19 @@ __global__ void missing_barrier(float* y) {
 __global__ void blocks_race(float* y) {
   if (threadIdx.x == 0) y[0] += 1.f;  // HERE blocks_race
 }
+__global__ void warps_race(float* y) {  // two collectives of each warp order nothing between them
+  __shared__ float s[256];
+  float v = __shfl_xor_sync(kFull, 1.f, 1, 32);
+  s[threadIdx.x] = v;
+  v = __shfl_xor_sync(kFull, v, 1, 32);
+  y[threadIdx.x] = s[(threadIdx.x + 128) % 256] + v;  // HERE warps_race
+}
+__global__ void same_threads_race(float* y) {
+  y[threadIdx.x] += 1.f;  // HERE same_threads_race
+}
+__global__ void sums_unfenced(float* y) { sum_of_blocks(y, false); }
 __global__ void deep_stack(float* y, int n) {
-  volatile char big[4 << 20];
+  volatile char big[300000];  // past the guard, into the next stack, unless probed
   big[n] = 1;
   y[0] = big[n];
 }
@@ -204,16 +276,23 @@ Run first(void (*kernel)(float*, P...), int blocks, int threads, size_t shared, 
   return r;
 }
 
-Run spin(bool atomic) {
+template <class T>
+Run spin(void (*kernel)(T*)) {
   int flag = 0;
   Run r;
-  r.code = atomic ? kh::launch(spins_on_an_atomic, dim3(1), dim3(1), 0, nullptr, &flag)
-                  : kh::launch(spins, dim3(1), dim3(1), 0, nullptr, &flag);
+  r.code = kh::launch(kernel, dim3(1), dim3(1), 0, nullptr, &flag);
   r.text = kh::launch_error(r.code);
   return r;
 }
 
+#ifdef KH_SIMT_SERIAL
+constexpr bool kStaticSharedIsFilled = false;
+#else
+constexpr bool kStaticSharedIsFilled = true;
+#endif
+
 int failures = 0;
+thread_local char kept[4] = "";  // what a launcher keeps lies beside the static shared memory
 
 void judge(const char* name, bool right, const Run& r) {
   if (right) return;
@@ -252,14 +331,25 @@ Run run_named(const std::string& name) {
   NAMED(reads_outside_its_mask, 1, 32, 0);
   NAMED(mixed_waits, 1, 32, 0);
   NAMED(odd_width, 1, 32, 0);
+  NAMED(wide_shuffle, 1, 128, 0);
+  NAMED(past_the_block, 1, 40, 0);
+  NAMED(launches, 1, 1, 0);
+  NAMED(throws, 1, 1, 0);
+  NAMED(meets_twice, 1, 128, 0);
+  NAMED(sums_fenced, 6, 32, 0);
+  NAMED(sums_unfenced, 6, 32, 0);
+  NAMED(writes_a_local_array, 3, 64, 0);
+  NAMED(warps_race, 1, 256, 0);
+  NAMED(same_threads_race, 2, 4, 0);
   NAMED(past_static_shared, 1, 64, 0, 1);
   NAMED(past_dynamic_shared, 1, 64, 256, 1);
   NAMED(overflows, 1, 4, 0, 1 << 20);
   NAMED(missing_barrier, 1, 64, 0);
-  NAMED(blocks_race, 64, 32, 0);
+  NAMED(blocks_race, 3, 32, 0);
   NAMED(deep_stack, 1, 4, 0, 10);
-  if (name == "spins") return spin(false);
-  if (name == "spins_on_an_atomic") return spin(true);
+  if (name == "spins") return spin(spins);
+  if (name == "spins_blindly") return spin(spins_blindly);
+  if (name == "spins_on_an_atomic") return spin(spins_on_an_atomic);
   if (name == "past_global" || name == "misaligned") {
     const std::unique_ptr<float[]> x(new float[64]());
     return name == "misaligned" ? first(misaligned, 1, 8, 0, x.get())
@@ -273,8 +363,11 @@ Run run_named(const std::string& name) {
 
 void check_good_kernels() {
   const auto reversed = [](int i) { return 255.f - i; };
-  judge("reverses", each(first(reverses, 3, 256, 0), 256, reversed), first(reverses, 3, 256, 0));
-  Run r = first(reverses_often, 3, 256, 1024);
+  strcpy(kept, "own");
+  Run r = first(reverses, 3, 256, 0);
+  judge("reverses", each(r, 256, reversed), r);
+  judge("kept", strcmp(kept, "own") == 0, r);
+  r = first(reverses_often, 3, 256, 1024);
   judge("reverses_often", each(r, 256, reversed), r);
   r = first(counts, 1, 100, 0);
   judge("counts", each(r, 100, [](int) { return 50.f; }), r);
@@ -282,12 +375,22 @@ void check_good_kernels() {
   judge("shuffles", each(r, 128, [](int) { return 1.f; }), r);
   r = first(half_a_warp, 1, 64, 0);
   judge("half_a_warp", each(r, 64, [](int i) { return i % simt::kWarp < 16 ? 16.f : 1.f; }), r);
+  r = first(meets_twice, 1, 128, 0);
+  judge("meets_twice", each(r, 128, [](int) { return 17.f; }), r);
+  r = first(ballots, 1, 128, 0);
+  judge("ballots", each(r, 128, [](int) { return 1.f; }), r);
+  r = first(sums_fenced, 6, 32, 0);
+  judge("sums_fenced", each(r, 1, [](int) { return 6.f; }), r);
   r = first(ends_early, 1, 64, 0);
   judge("ends_early", each(r, 64, [](int i) { return i < 40 ? 2.f : 1.f; }), r);
   r = first(adds_up, 50, 64, 0);
   judge("adds_up", each(r, 64, [](int) { return 50.f; }), r);
   r = first(reads_unwritten, 9, 64, 256);
   judge("reads_unwritten", r.code == 0 && r.y[0] != r.y[0] && r.y[575] != r.y[575], r);
+  if (kStaticSharedIsFilled) {
+    r = first(reads_unwritten_static, 9, 64, 0);
+    judge("reads_unwritten_static", r.code == 0 && r.y[0] != r.y[0] && r.y[575] != r.y[575], r);
+  }
   r = Run();
   r.y.assign(1024, 0.f);
   float* y = r.y.data();
@@ -309,10 +412,43 @@ void check_orders() {
   const Run other = first(notes_order, 1, 64, 0);
   judge("random", one.y == two.y && one.y != other.y && one.y != r.y, one);
   check_good_kernels();
-  judge("nonsense",
-        kh_simt_configure("sideways", 0, 0, 0) && kh_simt_configure("forward", 0, -1, 0) &&
-            kh_simt_configure("forward", 0, 0, -1),
-        one);
+}
+
+void check_order_of_blocks() {
+  kh_simt_configure("forward", 0, 1, 0);
+  Run r = first(notes_blocks, 60, 1, 0);
+  judge("forward blocks", each(r, 60, [](int i) { return 1.f * i; }), r);
+  kh_simt_configure("reverse", 0, 1, 0);
+  r = first(notes_blocks, 60, 1, 0);
+  judge("reverse blocks", each(r, 60, [](int i) { return 59.f - i; }), r);
+  kh_simt_configure("random", 5, 1, 0);
+  const Run one = first(notes_blocks, 60, 1, 0), two = first(notes_blocks, 60, 1, 0);
+  kh_simt_configure("random", 6, 1, 0);
+  const Run other = first(notes_blocks, 60, 1, 0);
+  judge("random blocks", one.y == two.y && one.y != other.y && one.y != r.y, one);
+  float sum = 0;  // each turn is taken once
+  for (int i = 0; i < 60; ++i) sum += one.y[i] * one.y[i];
+  judge("every block", sum == 59 * 60 * 119 / 6, one);
+}
+
+void check_options() {
+  struct Nonsense {
+    const char* order;
+    int threads;
+    double timeout_s;
+    const char* reason;
+  };
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const Nonsense all[] = {{"sideways", 0, 0, "order 'sideways'"}, {nullptr, 0, 0, "order ''"},
+                          {"forward", -1, 0, "-1 OS threads"},    {"forward", 257, 0, "257 OS"},
+                          {"forward", 0, -1, "timeout of -1"},    {"forward", 0, nan, "nan"},
+                          {"forward", 0, 1e300, "timeout of 1"}};
+  for (const Nonsense& n : all) {
+    Run r;
+    r.code = kh_simt_configure(n.order, 0, n.threads, n.timeout_s);
+    r.text = kh_simt_error();
+    refused("nonsense", r, n.reason);
+  }
   kh_simt_configure("forward", 0, 0, 0);
 }
 
@@ -324,11 +460,15 @@ void check_refusals() {
       {"shuffle_for_some", "a lane named in the mask has exited"},
       {"shuffle_after_exit", "a lane named in the mask has exited"},
       {"two_shuffles", "warp divergence: __shfl_xor_sync (checks.mu:"},
-      {"masks_differ", "mask differs from that of lanes that wait at __shfl_xor_sync (checks.mu:"},
+      {"masks_differ", "1 thread(s) waiting at __shfl_xor_sync (checks.mu:"},
       {"not_in_its_mask", "calling lane is not in its own mask"},
       {"reads_outside_its_mask", "reads lane 20 which is not in the mask"},
       {"mixed_waits", "waiting at __shfl_xor_sync (checks.mu:"},
       {"odd_width", "width 24"},
+      {"wide_shuffle", "width 64"},
+      {"past_the_block", "which is past the end of the block"},
+      {"launches", "a launch inside a kernel"},
+      {"throws", "exception: of the kernel"},
   };
   for (const char* order : {"forward", "reverse"}) {
     kh_simt_configure(order, 0, 0, 0);
@@ -341,8 +481,22 @@ void check_refusals() {
   refused("spins", run_named("spins"), "__threadfence (checks.mu:");
   refused("spins_on_an_atomic", run_named("spins_on_an_atomic"), "atomicCAS (checks.mu:");
   kh_simt_configure("forward", 0, 0, 0);
-  refused("no threads", first(adds_up, 1, 0, 0), "a block of 0 threads");
-  refused("many threads", first(adds_up, 1, 1025, 0), "a block of 1025 threads");
+  refused("no threads", first(adds_up, 1, 0, 0), "a block of 0,1,1 threads");
+  refused("many threads", first(adds_up, 1, 1025, 0), "a block of 1025,1,1 threads");
+  const dim3 misfits[][2] = {{dim3(1), dim3(1, 1, 65)},
+                             {dim3(1), dim3(536903681, 536838145, 64)},  // 2^64 + 64 threads
+                             {dim3(1), dim3(1u << 31, 2, 1)},
+                             {dim3(1u << 31), dim3(1)},
+                             {dim3(1, 65536), dim3(1)},
+                             {dim3(1, 1, 65536), dim3(1)},
+                             {dim3(1, 0), dim3(1)}};
+  for (auto& [grid, block] : misfits) {
+    Run r;
+    float y = 0;
+    r.code = kh::launch(adds_up, grid, block, 0, nullptr, &y);
+    r.text = kh::launch_error(r.code);
+    refused("misfit", r, "are possible");
+  }
   refused("no blocks", first(adds_up, 0, 32, 0), "a grid of 0,1,1 blocks");
   refused("much memory", first(reads_unwritten, 1, 32, 49153), "49153 bytes");
   check_good_kernels();  // a refused kernel leaves nothing behind
@@ -360,24 +514,31 @@ void check_last_launch() {
     Run r;
     judge("last launch",
           after.count == before.count + 1 && after.device == 1 && after.stream == &stream &&
-              after.grid[0] == 2 && after.block[0] == 32 && simt::current_device == 1,
+              after.grid[0] == 2 && after.block[0] == 32 && simt::os_thread.device == 1,
           r);
   }
-  judge("device restored", simt::current_device == 0, Run());
+  judge("device restored", simt::os_thread.device == 0, Run());
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string name = count > 1 ? arguments[1] : "all";
+  if (name == "good") {
+    check_good_kernels();
+    printf("%d wrong\n", failures);
+    return failures ? 1 : 0;
+  }
   if (name != "all") {
-    if (name == "spins") kh_simt_configure("forward", 0, 0, 0.2);
+    if (name.rfind("spins", 0) == 0) kh_simt_configure("forward", 0, 0, 0.2);
     const Run r = run_named(name);
     printf("code %d %s\n", r.code, r.text.c_str());
     return r.code;
   }
   check_good_kernels();
   check_orders();
+  check_order_of_blocks();
+  check_options();
   check_refusals();
   check_last_launch();
   printf("%d wrong\n", failures);

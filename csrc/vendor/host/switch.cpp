@@ -2,7 +2,7 @@
 // The switch of stacks, per processor. See simt/switch.h.
 #if defined(__x86_64__)
 asm(R"(
-    .text
+    .pushsection .text
     .globl  kh_simt_switch
     .hidden kh_simt_switch
     .type   kh_simt_switch, @function
@@ -23,10 +23,11 @@ kh_simt_switch:
     popq  %rbp
     ret
     .size kh_simt_switch, .-kh_simt_switch
+    .popsection
 )");
 #elif defined(__aarch64__)
 asm(R"(
-    .text
+    .pushsection .text
     .globl  kh_simt_switch
     .hidden kh_simt_switch
     .type   kh_simt_switch, %function
@@ -58,5 +59,6 @@ kh_simt_switch:
     add  sp, sp, #160
     ret
     .size kh_simt_switch, .-kh_simt_switch
+    .popsection
 )");
 #endif

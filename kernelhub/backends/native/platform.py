@@ -143,6 +143,7 @@ def _simt_flags(compiler: Compiler, arch: str) -> tuple[str, ...]:
     assert warp is not None
     return (
         *("-x", "c++", "-std=c++17", "-O2", *_HIDDEN, "-fno-gnu-unique"),
+        "-fstack-clash-protection",  # no frame steps over the guard of a thread's stack
         # As a GPU's compiler with explicit fmaf: products and sums are not joined unasked.
         *("-ffp-contract=off", f"-DKH_SIMT_WARP_SIZE={warp[1]}", *_sanitizer(arch)),
     )

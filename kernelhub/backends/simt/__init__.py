@@ -38,7 +38,9 @@ def configure(library: Library, options: Options) -> None:
     function.argtypes = (ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_double)
     wrong = function(options.order.encode(), options.seed, options.threads, options.timeout_s)
     if wrong:
-        raise PolicyError(f"{VARIABLE}: the emulator refuses {options}")
+        error = library.function("kh_simt_error")
+        error.restype = ctypes.c_char_p
+        raise PolicyError(f"{VARIABLE}: the emulator refuses {error().decode()}")
 
 
 _kernels = Kernels(

@@ -58,10 +58,57 @@ __device__ T __shfl_up_sync(unsigned, T, unsigned, int) __attribute__((convergen
 template <class T>
 __device__ T __shfl_down_sync(unsigned, T, unsigned, int) __attribute__((convergent));
 
+#define DECLARED_ATOMIC(NAME, T) __device__ T NAME(T*, T)
+DECLARED_ATOMIC(atomicAdd, int);
+DECLARED_ATOMIC(atomicAdd, unsigned);
+DECLARED_ATOMIC(atomicAdd, unsigned long long);
+DECLARED_ATOMIC(atomicMax, int);
+DECLARED_ATOMIC(atomicMax, unsigned);
+DECLARED_ATOMIC(atomicMin, int);
+DECLARED_ATOMIC(atomicMin, unsigned);
+
+// Of numbers alone: what vendors have for vectors and 16-bit floats differs.
+#define DECLARED_LOAD(T) __device__ T __ldg(const T*)
+DECLARED_LOAD(signed char);
+DECLARED_LOAD(unsigned char);
+DECLARED_LOAD(short);
+DECLARED_LOAD(unsigned short);
+DECLARED_LOAD(int);
+DECLARED_LOAD(unsigned);
+DECLARED_LOAD(long);
+DECLARED_LOAD(unsigned long);
+DECLARED_LOAD(long long);
+DECLARED_LOAD(unsigned long long);
+DECLARED_LOAD(float);
+
+#define DECLARED_MIN_MAX(T) \
+  __device__ T min(T, T);   \
+  __device__ T max(T, T)
+DECLARED_MIN_MAX(int);
+DECLARED_MIN_MAX(unsigned);
+DECLARED_MIN_MAX(long);
+DECLARED_MIN_MAX(unsigned long);
+DECLARED_MIN_MAX(long long);
+DECLARED_MIN_MAX(unsigned long long);
+DECLARED_MIN_MAX(float);
+
+__device__ int __popc(unsigned);
+__device__ int __ffs(int);
+__device__ int __clz(int);
+__device__ unsigned long long __umul64hi(unsigned long long, unsigned long long);
+
+__device__ float expf(float);
+__device__ float tanhf(float);
+__device__ float sqrtf(float);
+__device__ float rsqrtf(float);
+__device__ float fabsf(float);
+__device__ float floorf(float);
 __device__ float fmaf(float, float, float);
 __device__ float __fmul_rn(float, float);
 __device__ float __fadd_rn(float, float);
 __device__ float __fdiv_rn(float, float);
+__device__ float __int_as_float(int);
+__device__ int __float_as_int(float);
 __device__ float __uint_as_float(unsigned);
 __device__ unsigned __float_as_uint(float);
 

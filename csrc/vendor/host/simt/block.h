@@ -5,97 +5,40 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "sanitizers.h"
-#include "switch.h"
-
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
-#ifndef KH_SIMT_WARP_SIZE
-#define KH_SIMT_WARP_SIZE 32
-#endif
+#include "collectives.h"
+#include "fiber.h"
+#include "order.h"
+#include "static_shared.h"
 
 namespace simt {
-
-constexpr int kWarp = KH_SIMT_WARP_SIZE;
-static_assert(kWarp == 32 || kWarp == 128, "warps of 32 and of 128 lanes exist");
-
-#if KH_SIMT_WARP_SIZE == 32
-using Lanes = uint32_t;  // one bit a lane
-#else
-using Lanes = unsigned __int128;
-#endif
-constexpr Lanes lane_bit(int lane) { return Lanes{1} << lane; }
-constexpr Lanes kAllLanes = ~Lanes{0};
-// Masks have 32 bits in every kernel; all of them set means the whole warp, whatever its width.
-constexpr Lanes lanes_of(unsigned mask) { return mask == 0xffffffffu ? kAllLanes : Lanes{mask}; }
-
-// A place in a kernel's source.
-struct At {
-  const char* what = nullptr;
-  const char* file = nullptr;
-  int line = 0;
-
-  bool operator==(const At& o) const {
-    return line == o.line && strcmp(what, o.what) == 0 && strcmp(file, o.file) == 0;
-  }
-  std::string text() const {
-    const char* base = strrchr(file, '/');
-    return std::string(what) + " (" + (base ? base + 1 : file) + ":" + std::to_string(line) + ")";
-  }
-};
-
-// A pending exchange among lanes of one warp.
-struct Collective {
-  Lanes expected = 0, arrived = 0;
-  int readers = 0;
-  At at;
-  alignas(16) unsigned char values[kWarp][16];
-};
-
-enum class State : uint8_t { kNew, kReady, kWaiting, kDone };
-
-struct Thread {
-  State state = State::kNew;
-  uint3 index{};
-  int number = 0, lane = 0, warp = 0;
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  At waits_at;                       // `what` is null while it runs
-  Collective* collective = nullptr;  // null while it waits at the barrier
-  Watched watched;
-};
 
 // What all blocks of a launch share.
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   std::function<void()> body;
-  std::vector<int> order;            // in which threads get their turn
-  std::atomic<bool> expired{false};  // set by the watchdog
+  Order order;
   double timeout_s = 0;
-};
+  std::atomic<bool> expired{false};  // set by the watchdog
 
-class Block;
-#ifdef KH_SIMT_SERIAL
-inline Block* running_block = nullptr;
-inline Thread* running_thread = nullptr;
-#else
-inline thread_local __attribute__((tls_model("initial-exec"))) Block* running_block = nullptr;
-inline thread_local __attribute__((tls_model("initial-exec"))) Thread* running_thread = nullptr;
-#endif
+  // Addresses that stand for orders of events.
+  char ends = 0, fences = 0;
+
+  std::string overdue() const {
+    char text[64];
+    snprintf(text, sizeof text, "still running after %g s", timeout_s);
+    return text;
+  }
+};
 
 class Block {
  public:
@@ -105,16 +48,17 @@ class Block {
     threads_.resize(count_);
     for (int i = 0; i < count_; ++i) {
       Thread& t = threads_[i];
+      t.block = this;
       t.number = i;
       t.lane = i % kWarp;
       t.warp = i / kWarp;
       t.index = {i % b.x, i / b.x % b.y, i / b.x / b.y};
     }
+    const int warps = (count_ + kWarp - 1) / kWarp;
+    collectives_.resize(warps);
+    exited_.resize(warps);
     watch_scheduler(&scheduler_watched_);
-    if (launch->shared_bytes > 0)
-      // Of exact size: AddressSanitizer sees the first byte past it.
-      shared_.reset(static_cast<unsigned char*>(
-          ::operator new (launch->shared_bytes, std::align_val_t{128})));
+    os_thread.runs_blocks = true;
   }
 
   ~Block() {
@@ -122,38 +66,38 @@ class Block {
       unwatch(&t.watched);
       if (t.stack) idle_stacks_.push_back(t.stack);
     }
-    Stacks::pool().take_back(idle_stacks_);
+    stacks().take_back(idle_stacks_);
+    os_thread.runs_blocks = false;
   }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // Runs the block of that number. Returns what went wrong, or nothing.
+  // Called in a quiet stretch, as the constructor and the destructor are: runs the block of that
+  // number. Returns what went wrong, after which this object is of no more use, or nothing.
   std::string run(unsigned long long number) {
     const dim3& g = launch_->grid;
     index = {unsigned(number % g.x), unsigned(number / g.x % g.y), unsigned(number / g.x / g.y)};
     reset();
-    release_order(&begins_);
+    const std::vector<int> order = launch_->order.of_threads(count_, number);
     while (done_ < count_) {
       bool progress = false;
-      for (int i : launch_->order) {
+      for (int i : order) {
         Thread& t = threads_[i];
         if (t.state != State::kNew && t.state != State::kReady) continue;
         resume(t);
         progress = true;
         if (error_.empty() && t.state == State::kDone) retire(t);
-        if (!error_.empty()) break;
+        if (!error_.empty()) return where() + error_;
       }
-      if (error_.empty() && !progress) error_ = "deadlock" + waiting_threads();
-      if (!error_.empty()) break;
+      if (!progress) return where() + "deadlock" + waiting_threads();
     }
-    acquire_order(&ends_);
-    return error_.empty() ? error_ : where() + error_;
+    return {};
   }
 
   // Called by a thread: waits for all threads of the block; returns the sum of what they add.
   int barrier(At at, int addend = 0) {
-    Quiet quiet;
     check_time(at);
+    Quiet quiet;
     if (barrier_waiting_ == 0) {
       barrier_at_ = at;
     } else if (!(barrier_at_ == at)) {
@@ -175,27 +119,27 @@ class Block {
   }
 
   // Called by a thread: meets the lanes of `mask` and leaves a value; `finish` must follow.
-  Collective* meet(Lanes mask, const void* value, size_t bytes, At at) {
-    Quiet quiet;
+  Collective* meet(unsigned mask, const void* value, size_t bytes, At at) {
     check_time(at);
-    Thread* self = running_thread;
-    if (!(mask & lane_bit(self->lane))) fail(at.text() + ": calling lane is not in its own mask");
-    const Lanes expected = mask & existing_lanes(self->warp);
-    if (exited_[self->warp] & expected) fail(at.text() + ": a lane named in the mask has exited");
-    Collective* c = pending(self, expected);
+    Quiet quiet;
+    Thread* thread = self();
+    const Lanes lanes = lanes_of(mask, thread->lane);
+    if (!(lanes & lane_bit(thread->lane)))
+      fail(at.text() + ": calling lane is not in its own mask");
+    const Lanes expected = lanes & existing_lanes(thread->warp);
+    if (exited_[thread->warp] & expected) fail(at.text() + ": a lane named in the mask has exited");
+    Collective* c = collectives_[thread->warp].pending(expected);
     if (c == nullptr) {
-      c = begin_collective(self->warp, expected, at);
-    } else if (c->expected != expected) {
-      fail(at.text() + ": mask differs from that of lanes that wait at " + c->at.text());
+      c = collectives_[thread->warp].begin(expected, at);
     } else if (!(c->at == at)) {
       fail("warp divergence: " + at.text() + " while lanes wait at " + c->at.text());
     }
-    memcpy(c->values[self->lane], value, bytes);
-    c->arrived |= lane_bit(self->lane);
+    memcpy(c->values[thread->lane], value, bytes);
+    c->arrived |= lane_bit(thread->lane);
     ++c->readers;
     release_order(c);
     if (c->arrived == c->expected) {
-      complete(c, self->warp);
+      complete(c, thread->warp);
     } else {
       wait(at, c);
     }
@@ -206,23 +150,30 @@ class Block {
   // Called by a thread that met others, after it has read what it wants.
   void finish(Collective* c) {
     Quiet quiet;
-    if (--c->readers == 0) idle_collectives_.push_back(c);
+    --c->readers;
   }
 
-  // Called by a thread, in a quiet stretch: gives up the whole block.
-  [[noreturn]] void fail(const std::string& message) {
-    error_ = "thread " + std::to_string(running_thread->number) + ": " + message;
-    running_thread->state = State::kWaiting;
-    Loud loud;
-    release_order(&ends_);
-    to_scheduler(false);
-    __builtin_unreachable();
+  // Called by a thread in a fence: what it did before comes before what others do after theirs.
+  void fence() {
+    release_order(&launch_->fences);
+    acquire_order(&launch_->fences);
   }
 
   // Called by a thread wherever it may spin.
-  void may_spin(At at) {
+  void check_time(At at) {
+    if (!launch_->expired.load(std::memory_order_relaxed)) return;
     Quiet quiet;
-    check_time(at);
+    fail(launch_->overdue() + ", at " + at.text());
+  }
+
+  // Called by a thread in a quiet stretch: gives up the whole block.
+  [[noreturn]] void fail(const std::string& message) {
+    error_ = "thread " + std::to_string(self()->number) + ": " + message;
+    self()->state = State::kWaiting;
+    Loud loud;
+    release_order(&launch_->ends);
+    to_scheduler(false);
+    __builtin_unreachable();
   }
 
   bool has_lane(int warp, int lane) const { return warp * kWarp + lane < count_; }
@@ -232,10 +183,6 @@ class Block {
   uint3 index{};
 
  private:
-  void check_time(At at) {
-    if (launch_->expired.load(std::memory_order_relaxed))
-      fail("still running after " + std::to_string(launch_->timeout_s) + " s, at " + at.text());
-  }
   struct FreeShared {
     void operator()(unsigned char* p) const { ::operator delete (p, std::align_val_t{128}); }
   };
@@ -243,79 +190,90 @@ class Block {
   // ---- scheduling ----
 
   void reset() {
-    const int warps = (count_ + kWarp - 1) / kWarp;
     barrier_waiting_ = barrier_sum_ = done_ = 0;
     error_.clear();
-    active_.assign(warps, {});
-    exited_.assign(warps, 0);
+    for (Lanes& exited : exited_) exited = 0;
     for (Thread& t : threads_) {
       t.state = State::kNew;
       t.collective = nullptr;
       t.waits_at = {};
     }
-    // NaN in every floating type: what a kernel reads without having written it shows.
-    if (shared_) memset(shared_.get(), 0xff, launch_->shared_bytes);
+    static_shared_.undefine();
+    if (launch_->shared_bytes > 0) {
+      // Of exact size, for AddressSanitizer to see the first byte past it.
+      shared_.reset();
+      shared_.reset(static_cast<unsigned char*>(
+          ::operator new (launch_->shared_bytes, std::align_val_t{128})));
+      memset(shared_.get(), kUndefined, launch_->shared_bytes);
+    }
   }
 
   void resume(Thread& t) {
-    Quiet quiet;
     if (t.state == State::kNew) {
       if (t.stack == nullptr) {
-        if (idle_stacks_.empty()) idle_stacks_.push_back(Stacks::pool().lend());
+        if (idle_stacks_.empty()) idle_stacks_.push_back(stacks().lend());
         t.stack = idle_stacks_.back();
         idle_stacks_.pop_back();
       }
-      t.stack_pointer = begin_on(t.stack, &enter);
+      Thread* const owner = &t;
+      memcpy(top_of(t.stack), &owner, sizeof owner);
+      t.stack_pointer = begin_on(top_of(t.stack), &enter);
       watch_new_stack(&t.watched, t.stack, kStackBytes);
     }
     t.state = State::kReady;
-    Block* outer = running_block;
-    running_block = this;
-    running_thread = &t;
     before_switch(&scheduler_watched_, t.watched, false);
     kh_simt_switch(&scheduler_stack_pointer_, t.stack_pointer);
     after_switch(&scheduler_watched_, nullptr);
-    running_thread = nullptr;
-    running_block = outer;
-    if (t.state == State::kDone && kStacksChangeHands) {
+    if (t.state == State::kDone && !kRaceChecked) {
       idle_stacks_.push_back(t.stack);
       t.stack = nullptr;
     }
   }
 
   static void enter() {
-    after_switch(&running_thread->watched, &running_block->scheduler_watched_);
-    acquire_order(&running_block->begins_);
-    running_block->launch_->body();
-    release_order(&running_block->ends_);
-    ignore_accesses();
-    running_thread->state = State::kDone;
-    watch_accesses();
-    running_block->to_scheduler(true);
+    Block* block = self()->block;
+    after_switch(&self()->watched, &block->scheduler_watched_);
+    block->live();
+    block->to_scheduler(true);
     __builtin_unreachable();
   }
 
+  void live() {
+    std::string wrong;
+    try {
+      launch_->body();
+    } catch (const std::exception& e) {  // there is no way out of a fiber
+      wrong = std::string("exception: ") + e.what();
+    } catch (...) {
+      wrong = "exception";
+    }
+    release_order(&launch_->ends);
+    Quiet quiet;
+    if (!wrong.empty()) fail(wrong);
+    self()->state = State::kDone;
+  }
+
   SIMT_UNWATCHED void to_scheduler(bool for_good) {
-    Thread* self = running_thread;
-    before_switch(&self->watched, scheduler_watched_, for_good);
-    kh_simt_switch(&self->stack_pointer, scheduler_stack_pointer_);
-    after_switch(&running_thread->watched, nullptr);
+    Thread* thread = self();
+    before_switch(&thread->watched, scheduler_watched_, for_good);
+    kh_simt_switch(&thread->stack_pointer, scheduler_stack_pointer_);
+    after_switch(&self()->watched, nullptr);
   }
 
   void wait(At at, Collective* c) {
-    Thread* self = running_thread;
-    self->state = State::kWaiting;
-    self->waits_at = at;
-    self->collective = c;
+    Thread* thread = self();
+    thread->state = State::kWaiting;
+    thread->waits_at = at;
+    thread->collective = c;
     {
       Loud loud;
-      release_order(&ends_);  // it may never run again
+      release_order(&launch_->ends);  // it may never run again
       to_scheduler(false);
     }
-    self->waits_at = {};
+    thread->waits_at = {};
   }
 
-  void retire(Thread& t) {
+  void retire(const Thread& t) {
     ++done_;
     exited_[t.warp] |= lane_bit(t.lane);
     if (barrier_waiting_ > 0)
@@ -333,42 +291,13 @@ class Block {
       if (t.state == State::kWaiting && t.collective == nullptr) t.state = State::kReady;
   }
 
-  // ---- collectives ----
-
   Lanes existing_lanes(int warp) const {
     const int lanes = count_ - warp * kWarp;
     return lanes >= kWarp ? kAllLanes : lane_bit(lanes) - 1;
   }
 
-  Collective* pending(const Thread* self, Lanes expected) {
-    for (Collective* c : active_[self->warp])
-      if ((c->expected & lane_bit(self->lane)) || c->expected == expected) return c;
-    return nullptr;
-  }
-
-  Collective* begin_collective(int warp, Lanes expected, At at) {
-    if (idle_collectives_.empty()) {
-      all_collectives_.push_back(std::make_unique<Collective>());
-      idle_collectives_.push_back(all_collectives_.back().get());
-    }
-    Collective* c = idle_collectives_.back();
-    idle_collectives_.pop_back();
-    c->expected = expected;
-    c->arrived = 0;
-    c->readers = 0;
-    c->at = at;
-    active_[warp].push_back(c);
-    return c;
-  }
-
   void complete(Collective* c, int warp) {
-    auto& active = active_[warp];
-    for (size_t i = 0; i < active.size(); ++i)
-      if (active[i] == c) {
-        active[i] = active.back();
-        active.pop_back();
-        break;
-      }
+    c->pending = false;
     for (int i = warp * kWarp; i < count_ && i < (warp + 1) * kWarp; ++i) {
       Thread& t = threads_[i];
       if (t.state == State::kWaiting && t.collective == c) {
@@ -385,13 +314,26 @@ class Block {
            std::to_string(index.z) + "): ";
   }
 
+  // Whom a thread waits for in a collective.
+  static std::string mask_of(const Thread& t) {
+    if (t.collective == nullptr) return {};
+    std::string text;
+    char word[16];
+    for (int lane = kWarp - kGroup; lane >= 0; lane -= kGroup) {
+      const auto lanes = uint32_t(t.collective->expected >> lane);
+      snprintf(word, sizeof word, text.empty() ? "%08x" : "_%08x", lanes);
+      text += word;
+    }
+    return " with lanes " + text;
+  }
+
   // Threads by where they are, a line each.
   std::string waiting_threads() const {
     std::vector<std::pair<std::string, std::vector<int>>> groups;
     for (const Thread& t : threads_) {
       std::string state = t.state == State::kDone  ? "exited"
                           : t.state == State::kNew ? "not started"
-                          : t.waits_at.what        ? "waiting at " + t.waits_at.text()
+                          : t.waits_at.what        ? "waiting at " + t.waits_at.text() + mask_of(t)
                                                    : "running";
       size_t i = 0;
       while (i < groups.size() && groups[i].first != state) ++i;
@@ -410,6 +352,7 @@ class Block {
   int count_;
   std::vector<Thread> threads_;
   std::vector<char*> idle_stacks_;
+  StaticShared static_shared_;
   std::unique_ptr<unsigned char, FreeShared> shared_;
   void* scheduler_stack_pointer_ = nullptr;
   Watched scheduler_watched_;
@@ -419,14 +362,10 @@ class Block {
   int barrier_waiting_ = 0, barrier_sum_ = 0, last_barrier_sum_ = 0;
   unsigned barriers_ = 0;
   At barrier_at_;
+  char barrier_order_[2] = {};  // addresses that stand for the order of even and odd barriers
 
-  std::vector<std::vector<Collective*>> active_;  // by warp
-  std::vector<Lanes> exited_;                     // by warp
-  std::vector<std::unique_ptr<Collective>> all_collectives_;
-  std::vector<Collective*> idle_collectives_;
-
-  // Addresses that stand for orders of events.
-  char begins_ = 0, ends_ = 0, barrier_order_[2] = {};
+  std::vector<Collectives> collectives_;  // by warp
+  std::vector<Lanes> exited_;             // by warp
 };
 
 }  // namespace simt

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A launch: blocks shared out over OS threads, under a watchdog.
 #pragma once
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -8,26 +10,25 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
-#include <numeric>
-#include <random>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "block.h"
 
+// What the smallest hardware that the kernels are for gives a block.
+#ifndef KH_SIMT_SHARED_BYTES
+#define KH_SIMT_SHARED_BYTES 49152
+#endif
+
 namespace simt {
 
-// The limits of the smallest hardware that the kernels are for.
-constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxSharedBytes = 48 << 10;
-constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
-
 struct Options {
-  enum Order { kForward, kReverse, kRandom } order = kForward;
-  uint64_t seed = 0;       // of the random order
+  Order order;
   int threads = 0;         // OS threads; 0: one a core
   double timeout_s = 0.0;  // 0: none
 };
@@ -46,21 +47,35 @@ struct Shared {
   Options options;
   LastLaunch last;
   std::mutex serial;  // one launch at a time, where __shared__ is not kept apart by OS thread
-};
-inline Shared& shared() {
-  static Shared* made = new Shared;  // never destroyed: kernels may run while a process exits
-  return *made;
-}
-inline thread_local int current_device = 0;
-inline thread_local std::string launch_text;  // of this OS thread's last failed launch
 
-inline std::vector<int> turns(const Options& options, int count) {
-  std::vector<int> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  if (options.order == Options::kReverse) std::reverse(order.begin(), order.end());
-  if (options.order == Options::kRandom)
-    std::shuffle(order.begin(), order.end(), std::mt19937_64(options.seed));
-  return order;
+  // Round a fork, so that the child finds the locks free whatever other threads are at.
+  void lock() {
+    serial.lock();
+    mutex.lock();
+    stacks().mutex.lock();
+  }
+  void unlock() {
+    stacks().mutex.unlock();
+    mutex.unlock();
+    serial.unlock();
+  }
+};
+inline Shared& shared();
+inline Shared* make_shared_state() {
+  stacks();
+  pthread_atfork([] { shared().lock(); }, [] { shared().unlock(); }, [] { shared().unlock(); });
+  return new Shared;
+}
+// Made when the library is loaded, and never destroyed, as the stacks.
+inline Shared* const shared_state = make_shared_state();
+inline Shared& shared() { return *shared_state; }
+
+// Starts a thread with forks held off: while it frees what an earlier thread left, the C library
+// is in a state that makes a child free it twice.
+template <class F>
+std::thread start_thread(F run) {
+  std::lock_guard<std::mutex> lock(shared().mutex);
+  return std::thread(std::move(run));
 }
 
 // Marks a launch as expired in time. A kernel that spins without ever meeting a barrier,
@@ -69,7 +84,7 @@ inline std::vector<int> turns(const Options& options, int count) {
 class Watchdog {
  public:
   explicit Watchdog(Launch* launch) {
-    if (launch->timeout_s > 0) thread_ = std::thread([this, launch] { watch(launch); });
+    if (launch->timeout_s > 0) thread_ = start_thread([this, launch] { watch(launch); });
   }
   ~Watchdog() {
     if (!thread_.joinable()) return;
@@ -88,14 +103,13 @@ class Watchdog {
     const auto limit = std::chrono::duration<double>(launch->timeout_s);
     std::unique_lock<std::mutex> lock(mutex_);
     if (wake_.wait_for(lock, limit, [this] { return finished_; })) return;
-    launch->expired = true;
+    launch->expired.store(true, std::memory_order_relaxed);
     if (wake_.wait_for(lock, limit, [this] { return finished_; })) return;
-    fprintf(
-        stderr,
-        "simt: a kernel (grid %u,%u,%u block %u,%u,%u) spins without a barrier, fence or atomic "
-        "and cannot be ended after %g s; the process is\n",
-        launch->grid.x, launch->grid.y, launch->grid.z, launch->block.x, launch->block.y,
-        launch->block.z, 2 * launch->timeout_s);
+    fprintf(stderr,
+            "simt: a kernel (grid %u,%u,%u block %u,%u,%u) runs without a barrier, fence or atomic "
+            "and cannot be ended after %g s; the process is\n",
+            launch->grid.x, launch->grid.y, launch->grid.z, launch->block.x, launch->block.y,
+            launch->block.z, 2 * launch->timeout_s);
     abort();
   }
 
@@ -105,85 +119,147 @@ class Watchdog {
   bool finished_ = false;
 };
 
-// Runs every block. Returns the first error, or nothing.
-inline std::string run_blocks(Launch* launch, int os_threads) {
-  const unsigned long long blocks = 1ull * launch->grid.x * launch->grid.y * launch->grid.z;
-  std::atomic<unsigned long long> next{0};
-  std::atomic<bool> failed{false};
-  std::string error;  // written by the one that sets `failed`
-  auto work = [&] {
+// Shares the blocks of a launch out over OS threads.
+class Grid {
+ public:
+  explicit Grid(Launch* launch)
+      : launch_(launch), blocks_(1ull * launch->grid.x * launch->grid.y * launch->grid.z) {}
+
+  // Returns the first error, or nothing.
+  std::string run(int os_threads) {
+    Watchdog watchdog(launch_);
+    if (kRaceChecked) {
+      // An OS thread for each block: its thread-local memory is new, and nothing that happens in
+      // one block comes before what happens in the next.
+      while (more()) start_thread([this] { work(1); }).join();
+    } else {
+      std::vector<std::thread> helpers;
+      try {
+        for (int i = 1; i < os_threads; ++i)
+          helpers.push_back(start_thread([this] { work(blocks_); }));
+      } catch (const std::system_error&) {  // the machine gives no more: fewer will do
+      }
+      work(blocks_);
+      for (std::thread& helper : helpers) helper.join();
+    }
+    acquire_order(&launch_->ends);
+    return error_;
+  }
+
+ private:
+  // Relaxed, as otherwise the order of counting would order the blocks for the race checker.
+  bool more() const {
+    return next_.load(std::memory_order_relaxed) < blocks_ &&
+           !failed_.load(std::memory_order_relaxed);
+  }
+
+  // Runs up to `most` of the blocks that are left.
+  void work(uint64_t most) {
+    Quiet quiet;
     std::string wrong;
     try {
-      Block block(launch);
-      while (wrong.empty() && !failed) {
-        const unsigned long long number = next++;
-        if (number >= blocks) break;
-        if (launch->expired)
-          wrong = "still running after " + std::to_string(launch->timeout_s) + " s";
-        if (wrong.empty()) wrong = block.run(number);
+      // On the heap: what the race checker knows of an address ends with its allocation.
+      const auto block = std::make_unique<Block>(launch_);
+      for (uint64_t done = 0; done < most && wrong.empty() && more(); ++done) {
+        const uint64_t turn = next_.fetch_add(1, std::memory_order_relaxed);
+        if (turn >= blocks_) break;
+        if (launch_->expired.load(std::memory_order_relaxed)) wrong = launch_->overdue();
+        if (wrong.empty()) wrong = block->run(launch_->order.block(turn, blocks_));
       }
     } catch (const std::exception& e) {
       wrong = e.what();
     }
-    if (!wrong.empty() && !failed.exchange(true)) error = wrong;
-  };
-  Watchdog watchdog(launch);
-  std::vector<std::thread> helpers;
-  const unsigned long long wanted = std::min<unsigned long long>(os_threads, blocks);
-  for (unsigned long long i = 1; i < wanted; ++i) helpers.emplace_back(work);
-  work();
-  for (std::thread& helper : helpers) helper.join();
-  return error;
+    if (!wrong.empty() && !failed_.exchange(true)) error_ = wrong;
+  }
+
+  Launch* launch_;
+  const uint64_t blocks_;
+  std::atomic<uint64_t> next_{0};
+  std::atomic<bool> failed_{false};
+  std::string error_;  // written by the one that sets `failed_`
+};
+
+// ---- limits ----------------------------------------------------------------------------------
+
+constexpr unsigned kMaxThreads = 1024, kMaxThreadsZ = 64;
+constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
+constexpr size_t kMaxSharedBytes = KH_SIMT_SHARED_BYTES;
+constexpr int kMaxOsThreads = 256;
+// Each takes two of the 65530 mappings that a process may have.
+constexpr int kMaxStacks = 16384;
+
+inline std::string text_of(const dim3& d) {
+  return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
 }
 
 inline std::string bad_configuration(const Launch& l) {
-  const unsigned long long threads = 1ull * l.block.x * l.block.y * l.block.z;
-  if (threads < 1 || threads > kMaxThreads)
-    return "a block of " + std::to_string(threads) + " threads; 1 to 1024 are possible";
-  if (l.grid.x < 1 || l.grid.y < 1 || l.grid.z < 1 || l.grid.x > kMaxGridX ||
-      l.grid.y > kMaxGridYZ || l.grid.z > kMaxGridYZ)
-    return "a grid of " + std::to_string(l.grid.x) + "," + std::to_string(l.grid.y) + "," +
-           std::to_string(l.grid.z) + " blocks; 1 to 2147483647, 65535, 65535 are possible";
+  const dim3 &g = l.grid, &b = l.block;
+  const uint64_t threads = 1ull * b.x * b.y * (b.z <= kMaxThreadsZ ? b.z : 0);
+  if (b.x > kMaxThreads || b.y > kMaxThreads || threads < 1 || threads > kMaxThreads)
+    return "a block of " + text_of(b) + " threads; 1 to 1024 are possible, and 64 in z";
+  if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > kMaxGridX || g.y > kMaxGridYZ || g.z > kMaxGridYZ)
+    return "a grid of " + text_of(g) + " blocks; 1 to 2147483647, 65535, 65535 are possible";
   if (l.shared_bytes > kMaxSharedBytes)
-    return std::to_string(l.shared_bytes) + " bytes of dynamic shared memory; 49152 are portable";
+    return std::to_string(l.shared_bytes) + " bytes of dynamic shared memory; " +
+           std::to_string(kMaxSharedBytes) + " are possible";
   return {};
 }
 
-// Runs a kernel to its end. Returns 0, or 1 with the reason in `launch_text`.
+inline int os_threads(const Options& options, const Launch& launch) {
+#ifdef KH_SIMT_SERIAL
+  return 1;
+#endif
+  const uint64_t wanted = options.threads ? options.threads : std::thread::hardware_concurrency();
+  const uint64_t blocks = 1ull * launch.grid.x * launch.grid.y * launch.grid.z;
+  const uint64_t threads = 1ull * launch.block.x * launch.block.y * launch.block.z;
+  const uint64_t most = std::min({wanted, blocks, kMaxStacks / threads, uint64_t{kMaxOsThreads}});
+  return int(std::max<uint64_t>(most, 1));
+}
+
+// ---- the launch itself -----------------------------------------------------------------------
+
+// Keeps a text for `launch_error`.
+inline int fail_launch(const std::string& why) {
+  snprintf(os_thread.error, sizeof os_thread.error, "%s", why.c_str());
+  return 1;
+}
+
+// Runs a kernel to its end. Returns 0, or 1 with the reason in `os_thread.error`.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            A&&... args) {
   try {
+    if (os_thread.runs_blocks) {
+      Quiet quiet;
+      self()->block->fail("a launch inside a kernel");
+    }
     Launch l;
     l.grid = grid;
     l.block = block;
     l.shared_bytes = shared_bytes;
-    launch_text = bad_configuration(l);
-    if (!launch_text.empty()) return 1;
+    const std::string bad = bad_configuration(l);
+    if (!bad.empty()) return fail_launch(bad);
     Options options;
     {
       std::lock_guard<std::mutex> lock(shared().mutex);
       options = shared().options;
       shared().last = {shared().last.count + 1,
-                       current_device,
+                       os_thread.device,
                        stream,
                        {grid.x, grid.y, grid.z},
                        {block.x, block.y, block.z}};
     }
     std::tuple<std::decay_t<P>...> values(static_cast<P>(args)...);
     l.body = [&] { std::apply(kernel, values); };
-    l.order = turns(options, int(block.x * block.y * block.z));
+    l.order = options.order;
     l.timeout_s = options.timeout_s;
-    int os_threads = options.threads ? options.threads : int(std::thread::hardware_concurrency());
 #ifdef KH_SIMT_SERIAL
     std::lock_guard<std::mutex> one_at_a_time(shared().serial);
-    os_threads = 1;
 #endif
-    launch_text = run_blocks(&l, std::max(os_threads, 1));
-    return launch_text.empty() ? 0 : 1;
+    const std::string wrong = Grid(&l).run(os_threads(options, l));
+    return wrong.empty() ? 0 : fail_launch(wrong);
   } catch (const std::exception& e) {  // no memory, no threads
-    launch_text = e.what();
-    return 1;
+    return fail_launch(e.what());
   }
 }
 

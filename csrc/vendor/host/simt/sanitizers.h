@@ -2,11 +2,10 @@
 // What AddressSanitizer and ThreadSanitizer must be told of stacks that change and of threads that
 // are none of the system's. Without a sanitizer all of it is empty.
 //
-// To ThreadSanitizer each GPU thread is a thread: only the emulator's own barriers and collectives
-// order their accesses, so a missing barrier in a kernel is a race at its source line. The
-// emulator's bookkeeping runs in one OS thread and is hidden from it (`Quiet`).
+// To ThreadSanitizer each GPU thread is a thread of its own, and only what orders GPU threads
+// orders these: the block's barrier, a warp's collectives, fences, the end of a launch. A missing
+// barrier is then a race at its source line. The emulator's bookkeeping is hidden (`Quiet`).
 #pragma once
-#include <atomic>
 #include <cstddef>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -31,8 +30,7 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 namespace simt {
 
 #if defined(__SANITIZE_THREAD__)
-// To the race checker a stack that two threads use in turn is memory that they race for.
-constexpr bool kStacksChangeHands = false;
+constexpr bool kRaceChecked = true;
 inline void release_order(const void* at) { AnnotateHappensBefore(__FILE__, __LINE__, at); }
 inline void acquire_order(const void* at) { AnnotateHappensAfter(__FILE__, __LINE__, at); }
 inline void ignore_accesses() {
@@ -44,19 +42,12 @@ inline void watch_accesses() {
   AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
 }
 #else
-constexpr bool kStacksChangeHands = true;
+constexpr bool kRaceChecked = false;
 inline void release_order(const void*) {}
 inline void acquire_order(const void*) {}
 inline void ignore_accesses() {}
 inline void watch_accesses() {}
 #endif
-
-// ThreadSanitizer knows no fences; it judges by barriers and atomics alone.
-inline void fence() {
-#if !defined(__SANITIZE_THREAD__)
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-#endif
-}
 
 // The emulator's own accesses, which are no business of the race checker.
 struct Quiet {
