@@ -105,7 +105,8 @@ REFUSED = (
     *("barrier_for_some", "two_barriers", "barrier_after_exit", "shuffle_for_some"),
     *("shuffle_after_exit", "two_shuffles", "masks_differ", "not_in_its_mask"),
     *("reads_outside_its_mask", "mixed_waits", "odd_width", "wide_shuffle", "past_the_block"),
-    *("spins", "spins_on_an_atomic"),
+    *("matrix_unaligned", "matrix_odd_ldm", "matrix_of_two_pointers", "matrix_of_two_strides"),
+    *("matrix_for_some", "matrix_of_a_few", "spins", "spins_on_an_atomic"),
 )
 
 
@@ -121,6 +122,7 @@ REPORTED = {
     "past_global": ("address", "heap-buffer-overflow"),
     "past_static_shared": ("address", "index 64 out of bounds"),
     "past_dynamic_shared": ("address", "heap-buffer-overflow"),
+    "matrix_past_shared": ("address", "heap-buffer-overflow"),
     "misaligned": ("address", "misaligned address"),
     "overflows": ("address", "signed integer overflow"),
     "missing_barrier": ("thread", "data race"),
@@ -128,6 +130,8 @@ REPORTED = {
     "same_threads_race": ("thread", "data race"),
     "warps_race": ("thread", "data race"),
     "sums_unfenced": ("thread", "data race"),
+    "shuffle_orders_nothing": ("thread", "data race"),
+    "matrix_unsynced": ("thread", "data race"),
 }
 
 
@@ -140,7 +144,7 @@ def test_a_sanitizer_names_the_line(checks: Callable[[int, str], Path], name: st
     assert place(name) in said
 
 
-@pytest.mark.parametrize("name", ["reverses", "sums_fenced", "two_shuffles"])
+@pytest.mark.parametrize("name", ["reverses", "sums_fenced", "multiplies", "two_shuffles"])
 def test_the_race_check_is_quiet(checks: Callable[[int, str], Path], name: str) -> None:
     """About good kernels, and about the emulator where it refuses one."""
     _, said = output_of(checks(128, "thread"), name)
@@ -217,6 +221,25 @@ FAULTS = (
           "lane < kWarp - 1; ++lane)", "shuffles"),
     Fault("ballot-of-the-first-group", "simt/sync.h", 'SIMT_HERE("__ballot_sync")) >> first',
           'SIMT_HERE("__ballot_sync")) >> 0 * first', "ballots", 128),
+    Fault("matrix-forgets-the-addend", "simt/matrix.h", " + lanes[lane]->c[i]", "", "multiplies"),
+    Fault("matrix-transposed", "simt/matrix.h", "b[n / kSide][n % kSide] = lanes",
+          "b[n % kSide][n / kSide] = lanes", "multiplies"),
+    Fault("matrix-of-a-lane-not-awaited", "simt/matrix.h",
+          'self()->block->finish(meet_group("", 1, at))', "(void)0", "multiplies"),
+    Fault("matrix-of-the-first-group", "simt/matrix.h", "return self()->lane / kGroup * kGroup",
+          "return 0", "multiplies", 128),
+    Fault("matrix-starts-as-zero", "simt/matrix.h", "memset(x, kUndefined, sizeof x)",
+          "memset(x, 0, sizeof x)", "reads_unfilled"),
+    Fault("matrix-pointer-of-16-bytes", "simt/matrix.h", "(p) % 32 != 0", "(p) % 16 != 0",
+          "matrix_unaligned"),
+    Fault("matrix-of-any-stride", "simt/matrix.h", "ldm * sizeof(T) % 16 != 0", "false",
+          "matrix_odd_ldm"),
+    Fault("matrix-lanes-may-disagree", "simt/matrix.h",
+          "memcmp(c->values[first_of_group()], this, sizeof *this) != 0", "false",
+          "matrix_of_two_strides"),
+    Fault("matrix-of-fewer-lanes", "simt/matrix.h",
+          "if (!self()->block->has_lane(self()->warp, first + kGroup - 1))", "if (false)",
+          "matrix_of_a_few"),
     Fault("dynamic-shared-memory-kept", "simt/block.h",
           "memset(shared_.get(), kUndefined, launch_->shared_bytes)", "(void)0", "reads_unwritten"),
     Fault("static-shared-memory-kept", "simt/block.h", "static_shared_.undefine()", "(void)0",

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from kernelhub.backends.native import abi
 
@@ -120,18 +122,31 @@ def test_clang_knows_every_name(source: Path, side: str, tmp_path: Path) -> None
     compile_only(clang(side, source), tmp_path)
 
 
-@pytest.mark.parametrize("warp", [32, 128])
-def test_every_name_means_the_same_on_the_emulator(warp: int, tmp_path: Path) -> None:
-    host, library = CSRC / "vendor/host", tmp_path / "names.so"
+@pytest.fixture(scope="module", params=[32, 128])
+def names(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`names.mu` on the emulator."""
+    folder = tmp_path_factory.mktemp("names")
+    host, library = CSRC / "vendor/host", folder / "names.so"
     command = [
         *(need("g++"), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
-        *("-fPIC", "-shared", "-pthread", f"-DKH_SIMT_WARP_SIZE={warp}", f"-I{host}"),
+        *("-fPIC", "-shared", "-pthread", f"-DKH_SIMT_WARP_SIZE={request.param}", f"-I{host}"),
+        *("-fvisibility=hidden", "-fno-gnu-unique"),
         *("-x", "c++", str(NAMES), *map(str, host.glob("*.cpp")), "-o", str(library)),
     ]
-    compile_only(command, tmp_path)
+    compile_only(command, folder)
+    loaded = ctypes.CDLL(str(library))
+    assert loaded.kh_matrix_unit() == (request.param == 32)
+    return loaded
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def test_every_name_means_the_same_on_the_emulator(names: Any) -> None:
     floats, integers = (ctypes.c_float * 16)(), (ctypes.c_ulonglong * 32)()
     integers[2] = 100
-    assert ctypes.CDLL(str(library)).kh_names(floats, integers, None) == 0
+    assert names.kh_names(floats, integers, None) == 0
     ones = 2**64 - 1
     whole = [96, 31, 0, 64, (1 << 40) + (32 << 32), 31, 31, 8 + 10, ones - 13, 16]
     whole += [bin(0xF0 + 40).count("1"), 4, 26, ones - 1, 47, 49, 0x3FC00000]
@@ -143,10 +158,44 @@ def test_every_name_means_the_same_on_the_emulator(warp: int, tmp_path: Path) ->
     assert list(floats)[: len(real)] == pytest.approx(real, rel=2.0**-22, abs=0)
 
 
+def test_pairs_are_rounded_once(names: Any) -> None:
+    """Every 16-bit float, twice, with another: special ones, neighbours, and at random."""
+    every = torch.arange(-(1 << 15), 1 << 15).short()
+    special = [0, 1, 2, 0x3FF, 0x400, 0x3C00, 0x3F80, 0x7BFF, 0x7C00, 0x7F7F, 0x7F80, 0x7FFF]
+    other = [every.roll(n) for n in (1, 0x4000, 12345)] + [every.new_full((), n) for n in special]
+    other += [every[torch.randperm(1 << 16)] for _ in range(4)]
+    b = torch.stack([o.expand(1 << 16) for o in other])
+    a = every.expand_as(b).contiguous()
+    found = torch.empty(4, *a.shape, dtype=torch.int16)
+    assert names.kh_pairs(pointer(a), pointer(b), pointer(found), a.numel() // 2, None) == 0
+    for i, dtype in ((0, torch.float16), (2, torch.bfloat16)):
+        # Exact, or, for differences of bf16, with so many bits that rounding again is no other.
+        x, y = a.view(dtype).double(), b.view(dtype).double()
+        for got, exact in ((found[i], x - y), (found[i + 1], x * y)):
+            truth = exact.to(dtype)
+            nan = truth.isnan()
+            assert torch.equal(got.view(dtype).isnan(), nan)
+            assert torch.equal(got[~nan], truth.view(torch.int16)[~nan])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_matrix_unit_multiplies(names: Any, dtype: torch.dtype) -> None:
+    memory = torch.randint(-8, 9, (2, 16 * 32 + 16)).to(dtype)  # sums of theirs are exact
+    a, b = (row[(-row.data_ptr() % 32) // 2 :][: 16 * 32].view(16, 32) for row in memory)
+    given = torch.randint(-100, 100, (16 * 16 + 8,)).float()
+    y = given[(-given.data_ptr() % 32) // 4 :][:256].view(16, 16)
+    truth = 2 * (y.double() + a.double() @ b.double().T) if names.kh_matrix_unit() else y.clone()
+    code = names.kh_multiplies(dtype is torch.bfloat16, pointer(a), pointer(b), pointer(y), None)
+    assert code == 0
+    assert torch.equal(y.double(), truth.double())
+
+
 LEAKS = {
     "cuda-name": "__global__ void k(float* x) { *x = __cosf(*x); }",
     "host-call": "void h(float*); __global__ void k(float* x) { h(x); }",
     "narrowing": "__global__ void k(float* x, long n) { int v[] = {n}; *x = v[0]; }",
+    "place-of-elements": "__global__ void k(float* x) { namespace m = kh::matrix; m::fragment<"
+    "m::matrix_a, 16, 16, 16, kh::native_half_t, m::row_major> a; *x = a.x[0]; }",
     "wide-shuffle": "__global__ void k(float* x) { *x = __shfl_xor_sync(1u, *x, 1); }",
 }
 
@@ -183,15 +232,15 @@ def test_musa_names_agree_with_torchada() -> None:
     """Every MUSA name in the vendor header is what torchada makes of CUDA's name for it."""
     table = torchada_table()
     header = without_comments((CSRC / "vendor/musa/kh_vendor.h").read_text())
-    names = set(re.findall(r"\bmusa[A-Z_]\w*(?:\.h)?", header)) - {"musa_runtime.h"}
+    names = set(re.findall(r"\b(?:musa[A-Z_]|__mt_)\w*(?:\.h)?", header)) - {"musa_runtime.h"}
     assert len(names) > 5
     for name in sorted(names):
-        cuda_name = name.replace("musa", "cuda", 1)
+        cuda_name = name.replace("musa", "cuda", 1).replace("__mt_", "__nv_")
         assert table.get(cuda_name) == name, f"{cuda_name} is {table.get(cuda_name)}"
 
 
 def test_the_shim_names_all_that_the_musa_header_uses() -> None:
     header = without_comments((CSRC / "vendor/musa/kh_vendor.h").read_text())
     shim = "".join(path.read_text() for path in (HERE / "musa_on_cuda").iterdir())
-    for name in set(re.findall(r"\bmusa[A-Z]\w*", header)):
+    for name in set(re.findall(r"\b(?:musa[A-Z]|__mt_)\w*", header)):
         assert re.search(rf"\b{name}\b", shim), name

@@ -128,6 +128,46 @@ __global__ void notes_indices(float* y) {
         static_cast<float>(100 * blockIdx.z + 10 * blockIdx.y + blockIdx.x);
 }
 
+// Each group of 32 lanes multiplies a 16x16 matrix of its own by that of all: a b + 1.
+template <class T>
+__device__ void multiply_as(float* y) {
+  namespace matrix = kh::matrix;
+  alignas(32) __shared__ T a[3][256];
+  alignas(32) __shared__ T b[256];
+  alignas(32) __shared__ float results[3][256];
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
+  for (int i = lane; i < 256; i += 32) {
+    a[group][i] = T::rounded(static_cast<float>(i / 16 - i % 5 + group));
+    if (group == 0) b[i] = T::rounded(static_cast<float>(i % 7 - i / 16) * 0.25f);
+  }
+  __syncthreads();
+  matrix::fragment<matrix::matrix_a, 16, 16, 16, T, matrix::row_major> left;
+  matrix::fragment<matrix::matrix_b, 16, 16, 16, T, matrix::col_major> right;
+  matrix::fragment<matrix::accumulator, 16, 16, 16, float> sum;
+  matrix::fill_fragment(sum, 1.f);
+  matrix::load_matrix_sync(left, a[group], 16);
+  matrix::load_matrix_sync(right, b, 16);
+  matrix::mma_sync(sum, left, right, sum);
+  matrix::store_matrix_sync(results[group], sum, 16, matrix::mem_row_major);
+  __syncthreads();
+  for (int i = lane; i < 256; i += 32) y[256 * group + i] = results[group][i];
+}
+__global__ void multiplies(float* y) { multiply_as<kh::native_half_t>(y); }
+__global__ void multiplies_bf16(float* y) { multiply_as<kh::native_bf16_t>(y); }
+float multiplied(int i) {
+  const int group = i / 256, row = i / 16 % 16, column = i % 16;
+  float sum = 1.f;
+  for (int k = 0; k < 16; ++k) {
+    const int a = 16 * row + k, b = 16 * column + k;
+    sum += static_cast<float>(a / 16 - a % 5 + group) * static_cast<float>(b % 7 - b / 16) * 0.25f;
+  }
+  return sum;
+}
+__global__ void reads_unfilled(float* y) {
+  kh::matrix::fragment<kh::matrix::accumulator, 16, 16, 16, float> sum;
+  y[threadIdx.x] = sum.x[7];
+}
+
 // ---- kernels that break a rule, at the line that ends in the kernel's name --------------------
 
 __global__ void barrier_for_some(float* y) {
@@ -208,6 +248,40 @@ __global__ void spins_on_an_atomic(int* flag) {
   }
 }
 
+using Matrix = kh::matrix::fragment<kh::matrix::matrix_a, 16, 16, 16, kh::native_half_t,
+                                    kh::matrix::row_major>;
+__device__ const kh::native_half_t* a_matrix() {
+  alignas(32) __shared__ kh::native_half_t s[1024];
+  return s;
+}
+__global__ void matrix_unaligned(float*) {
+  Matrix m;
+  kh::matrix::load_matrix_sync(m, a_matrix() + 8, 16);  // HERE matrix_unaligned
+}
+__global__ void matrix_odd_ldm(float*) {
+  Matrix m;
+  kh::matrix::load_matrix_sync(m, a_matrix(), 20);  // HERE matrix_odd_ldm
+}
+__global__ void matrix_of_two_pointers(float*) {
+  Matrix m;
+  const int by = threadIdx.x == 7 ? 16 : 0;
+  kh::matrix::load_matrix_sync(m, a_matrix() + by, 16);  // HERE matrix_of_two_pointers
+}
+__global__ void matrix_of_two_strides(float*) {
+  Matrix m;
+  const int ldm = threadIdx.x == 7 ? 16 : 24;
+  kh::matrix::load_matrix_sync(m, a_matrix(), ldm);  // HERE matrix_of_two_strides
+}
+__global__ void matrix_for_some(float*) {
+  Matrix m;
+  if (threadIdx.x != 5) kh::matrix::load_matrix_sync(m, a_matrix(), 16);  // HERE matrix_for_some
+  __syncthreads();
+}
+__global__ void matrix_of_a_few(float*) {
+  Matrix m;
+  kh::matrix::load_matrix_sync(m, a_matrix(), 16);  // HERE matrix_of_a_few
+}
+
 // ---- for the sanitizers ----------------------------------------------------------------------
 
 __global__ void past_global(float* y, const float* x) {
@@ -246,6 +320,23 @@ __global__ void warps_race(float* y) {  // two collectives of each warp order no
   s[threadIdx.x] = v;
   v = __shfl_xor_sync(kFull, v, 1, 32);
   y[threadIdx.x] = s[(threadIdx.x + 128) % 256] + v;  // HERE warps_race
+}
+__global__ void shuffle_orders_nothing(float* y) {
+  __shared__ float s[32];
+  s[threadIdx.x] = 1.f;
+  const float v = __shfl_xor_sync(kFull, 1.f, 1, 32);
+  y[threadIdx.x] = s[threadIdx.x ^ 1] + v;  // HERE shuffle_orders_nothing
+}
+__global__ void matrix_unsynced(float*) {
+  KH_DYNAMIC_SHARED(kh::native_half_t, s);
+  for (int i = 0; i < 8; ++i) s[threadIdx.x * 8 + i] = {0};
+  Matrix m;
+  kh::matrix::load_matrix_sync(m, s, 16);  // HERE matrix_unsynced
+}
+__global__ void matrix_past_shared(float*) {
+  KH_DYNAMIC_SHARED(kh::native_half_t, s);
+  Matrix m;
+  kh::matrix::load_matrix_sync(m, s, 16);  // HERE matrix_past_shared
 }
 __global__ void same_threads_race(float* y) {
   y[threadIdx.x] += 1.f;  // HERE same_threads_race
@@ -333,6 +424,16 @@ Run run_named(const std::string& name) {
   NAMED(odd_width, 1, 32, 0);
   NAMED(wide_shuffle, 1, 128, 0);
   NAMED(past_the_block, 1, 40, 0);
+  NAMED(matrix_unaligned, 1, 32, 0);
+  NAMED(matrix_odd_ldm, 1, 32, 0);
+  NAMED(matrix_of_two_pointers, 1, 32, 0);
+  NAMED(matrix_of_two_strides, 1, 32, 0);
+  NAMED(matrix_for_some, 1, 32, 0);
+  NAMED(matrix_of_a_few, 1, 16, 0);
+  NAMED(matrix_unsynced, 1, 32, 512);
+  NAMED(matrix_past_shared, 1, 32, 256);
+  NAMED(shuffle_orders_nothing, 1, 32, 0);
+  NAMED(multiplies, 1, 96, 0);
   NAMED(launches, 1, 1, 0);
   NAMED(throws, 1, 1, 0);
   NAMED(meets_twice, 1, 128, 0);
@@ -379,6 +480,12 @@ void check_good_kernels() {
   judge("meets_twice", each(r, 128, [](int) { return 17.f; }), r);
   r = first(ballots, 1, 128, 0);
   judge("ballots", each(r, 128, [](int) { return 1.f; }), r);
+  r = first(multiplies, 1, 96, 0);
+  judge("multiplies", each(r, 768, multiplied), r);
+  r = first(multiplies_bf16, 1, 96, 0);
+  judge("multiplies_bf16", each(r, 768, multiplied), r);
+  r = first(reads_unfilled, 1, 32, 0);
+  judge("reads_unfilled", r.code == 0 && r.y[0] != r.y[0], r);
   r = first(sums_fenced, 6, 32, 0);
   judge("sums_fenced", each(r, 1, [](int) { return 6.f; }), r);
   r = first(ends_early, 1, 64, 0);
@@ -467,6 +574,12 @@ void check_refusals() {
       {"odd_width", "width 24"},
       {"wide_shuffle", "width 64"},
       {"past_the_block", "which is past the end of the block"},
+      {"matrix_unaligned", "not aligned to 32 bytes"},
+      {"matrix_odd_ldm", "ldm 20 is not a multiple of 16 bytes"},
+      {"matrix_of_two_pointers", "lanes disagree"},
+      {"matrix_of_two_strides", "lanes disagree"},
+      {"matrix_for_some", "31 thread(s) waiting at load_matrix_sync (checks.mu:"},
+      {"matrix_of_a_few", "takes 32 lanes, and the block has fewer"},
       {"launches", "a launch inside a kernel"},
       {"throws", "exception: of the kernel"},
   };

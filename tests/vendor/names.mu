@@ -66,8 +66,54 @@ __global__ void names(float* floats /*[16]*/, unsigned long long* integers /*[32
   floats[i++] = __ldg(floats);
 }
 
+__global__ void pairs(const uint32_t* a /*[count]*/, const uint32_t* b /*[count]*/,
+                      uint32_t* y /*[4, count]*/, int count) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= count) return;
+  y[i] = kh::subtract_half_pairs(a[i], b[i]);
+  y[count + i] = kh::multiply_half_pairs(a[i], b[i]);
+  y[2 * count + i] = kh::subtract_bf16_pairs(a[i], b[i]);
+  y[3 * count + i] = kh::multiply_bf16_pairs(a[i], b[i]);
+}
+
+// y = 2 (y + a b^T), by one warp, where there is a matrix unit.
+template <class T>
+__global__ void multiplies(const T* a /*[16, 32]*/, const T* b /*[16, 32]*/,
+                           float* y /*[16, 16]*/) {
+  namespace matrix = kh::matrix;
+  if constexpr (kh::kMatrixUnit) {
+    matrix::fragment<matrix::accumulator, 16, 16, 16, float> sum, more;
+    matrix::fill_fragment(sum, 0.f);
+    for (int k = 0; k < 32; k += 16) {
+      matrix::fragment<matrix::matrix_a, 16, 16, 16, T, matrix::row_major> left;
+      matrix::fragment<matrix::matrix_b, 16, 16, 16, T, matrix::col_major> right;
+      matrix::load_matrix_sync(left, a + k, 32);
+      matrix::load_matrix_sync(right, b + k, 32);
+      matrix::mma_sync(sum, left, right, sum);
+    }
+    matrix::load_matrix_sync(more, y, 16, matrix::mem_row_major);
+    for (int i = 0; i < sum.num_elements; ++i) sum.x[i] = 2.f * (sum.x[i] + more.x[i]);
+    matrix::store_matrix_sync(y, sum, 16, matrix::mem_row_major);
+  }
+}
+
 }  // namespace
 
+KH_EXPORT int kh_matrix_unit() { return kh::kMatrixUnit; }
+KH_EXPORT int kh_multiplies(int bf16, const void* a, const void* b, float* y, void* stream) {
+  const kh::stream_t on = static_cast<kh::stream_t>(stream);
+  if (bf16)
+    return kh::launch(multiplies<kh::native_bf16_t>, dim3(1), dim3(32), 0, on,
+                      static_cast<const kh::native_bf16_t*>(a),
+                      static_cast<const kh::native_bf16_t*>(b), y);
+  return kh::launch(multiplies<kh::native_half_t>, dim3(1), dim3(32), 0, on,
+                    static_cast<const kh::native_half_t*>(a),
+                    static_cast<const kh::native_half_t*>(b), y);
+}
+KH_EXPORT int kh_pairs(const uint32_t* a, const uint32_t* b, uint32_t* y, int count, void* stream) {
+  return kh::launch(pairs, dim3((count + 31) / 32), dim3(32), 0, static_cast<kh::stream_t>(stream),
+                    a, b, y, count);
+}
 KH_EXPORT int kh_names(float* floats, unsigned long long* integers, void* stream) {
   return kh::launch(names, dim3(1), dim3(32), 32 * sizeof(uint4), static_cast<kh::stream_t>(stream),
                     floats, integers);

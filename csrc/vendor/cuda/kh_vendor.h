@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <mma.h>
 #include <stdint.h>
 
 #ifndef KH_PLATFORM
@@ -28,6 +29,33 @@ __device__ __forceinline__ uint16_t float_to_half_bits(float v) {
 __device__ __forceinline__ uint16_t float_to_bf16_bits(float v) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(v));
 }
+
+// Two 16-bit floats in one word. `_rn`: a product and a difference are not joined.
+__device__ __forceinline__ uint32_t subtract_half_pairs(uint32_t a, uint32_t b) {
+  const __half2 result =
+      __hsub2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+__device__ __forceinline__ uint32_t multiply_half_pairs(uint32_t a, uint32_t b) {
+  const __half2 result =
+      __hmul2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+__device__ __forceinline__ uint32_t subtract_bf16_pairs(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 result = __hsub2_rn(reinterpret_cast<const __nv_bfloat162&>(a),
+                                           reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+__device__ __forceinline__ uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 result = __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(a),
+                                           reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+
+namespace matrix = nvcuda::wmma;
+using native_half_t = __half;
+using native_bf16_t = __nv_bfloat16;
+constexpr bool kMatrixUnit = true;
 
 inline const char* launch_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));

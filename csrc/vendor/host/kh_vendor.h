@@ -5,7 +5,9 @@
 
 #include "simt/arithmetic.h"
 #include "simt/atomics.h"
+#include "simt/half.h"
 #include "simt/launch.h"
+#include "simt/matrix.h"
 #include "simt/sync.h"
 
 #ifndef KH_PLATFORM
@@ -55,32 +57,9 @@ namespace kh {
 
 using stream_t = void*;
 
-inline float half_bits_to_float(uint16_t bits) {
-  const unsigned sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude >= 0x0400u) return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
-  const float subnormal = float(magnitude) * 0x1p-24f;
-  return sign ? -subnormal : subnormal;
-}
-inline uint16_t float_to_half_bits(float v) {
-  const unsigned bits = __float_as_uint(v), magnitude = bits & 0x7fffffffu;
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
-  if (magnitude > 0x7f800000u) return 0x7fff;           // NaN, as CUDA has it
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds past the largest half
-  if (magnitude >= 0x38800000u) {                       // a normal half
-    const unsigned shifted = magnitude - (112u << 23);
-    return uint16_t(sign | (shifted + 0xfffu + (shifted >> 13 & 1u)) >> 13);
-  }
-  // Adding 0.5, whose last bit is worth 2^-24, leaves the subnormal's bits at the bottom, rounded
-  // to nearest even.
-  const unsigned rounded = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
-  return uint16_t(sign | rounded);
-}
-inline uint16_t float_to_bf16_bits(float v) {
-  const unsigned bits = __float_as_uint(v);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN, as CUDA has it
-  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
+namespace matrix = simt::wmma;
+// Both paths of the kernels are then tested: with the matrix unit and without.
+constexpr bool kMatrixUnit = KH_WARP_SIZE == 32;
 
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,

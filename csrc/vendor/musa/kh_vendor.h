@@ -3,6 +3,8 @@
 // the MUSA SDK; for tests by nvcc, with MUSA names defined on top of CUDA. Not run on MUSA hardware
 // yet.
 #pragma once
+#include <mma.h>
+#include <musa_bf16.h>
 #include <musa_fp16.h>
 #include <musa_runtime.h>
 #include <stdint.h>
@@ -38,6 +40,55 @@ __device__ __forceinline__ uint16_t float_to_bf16_bits(float v) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;  // NaN, as CUDA has it
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
+
+// Two 16-bit floats in one word. Not known: whether mcc joins a product and a difference of halves.
+__device__ __forceinline__ uint32_t subtract_half_pairs(uint32_t a, uint32_t b) {
+  const __half2 result =
+      __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+__device__ __forceinline__ uint32_t multiply_half_pairs(uint32_t a, uint32_t b) {
+  const __half2 result =
+      __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+#if defined(__MUSA_ARCH__) && __MUSA_ARCH__ < 220  // no bf16 arithmetic
+// Through fp32, which changes no result: it has more than twice the bits of bf16.
+__device__ __forceinline__ float bf16_of_pair(uint32_t pair, int shift) {
+  return __uint_as_float(pair >> shift << 16);
+}
+__device__ __forceinline__ uint32_t subtract_bf16_pairs(uint32_t a, uint32_t b) {
+  const uint32_t low = float_to_bf16_bits(__fadd_rn(bf16_of_pair(a, 0), -bf16_of_pair(b, 0)));
+  const uint32_t high = float_to_bf16_bits(__fadd_rn(bf16_of_pair(a, 16), -bf16_of_pair(b, 16)));
+  return low | high << 16;
+}
+__device__ __forceinline__ uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
+  const uint32_t low = float_to_bf16_bits(__fmul_rn(bf16_of_pair(a, 0), bf16_of_pair(b, 0)));
+  const uint32_t high = float_to_bf16_bits(__fmul_rn(bf16_of_pair(a, 16), bf16_of_pair(b, 16)));
+  return low | high << 16;
+}
+#else
+__device__ __forceinline__ uint32_t subtract_bf16_pairs(uint32_t a, uint32_t b) {
+  const __mt_bfloat162 result = __hsub2(reinterpret_cast<const __mt_bfloat162&>(a),
+                                        reinterpret_cast<const __mt_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+__device__ __forceinline__ uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
+  const __mt_bfloat162 result = __hmul2(reinterpret_cast<const __mt_bfloat162&>(a),
+                                        reinterpret_cast<const __mt_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(result);
+}
+#endif
+
+namespace matrix = mtmusa::wmma;
+using native_half_t = __half;
+using native_bf16_t = __mt_bfloat16;
+// From mp_31 on. None of it has been run on MUSA hardware.
+#if defined(__MUSA_ARCH__) && __MUSA_ARCH__ < 310
+constexpr bool kMatrixUnit = false;
+#else
+constexpr bool kMatrixUnit = true;
+#endif
 
 inline const char* launch_error(int code) {
   return musaGetErrorString(static_cast<musaError_t>(code));

@@ -125,7 +125,61 @@ using stream_t = declared_stream_t;
 __device__ float half_bits_to_float(uint16_t);
 __device__ uint16_t float_to_half_bits(float);
 __device__ uint16_t float_to_bf16_bits(float);
+__device__ uint32_t subtract_half_pairs(uint32_t, uint32_t);
+__device__ uint32_t subtract_bf16_pairs(uint32_t, uint32_t);
+__device__ uint32_t multiply_half_pairs(uint32_t, uint32_t);
+__device__ uint32_t multiply_bf16_pairs(uint32_t, uint32_t);
 __host__ const char* launch_error(int code);
+
+struct native_half_t {
+  uint16_t declared_bits;
+};
+struct native_bf16_t {
+  uint16_t declared_bits;
+};
+constexpr bool kMatrixUnit = true;
+
+namespace matrix {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+enum layout_t { mem_row_major };
+
+// How many elements a lane has, and which, differs; only an accumulator's may be looked at.
+template <class Use, int M, int N, int K, class T, class Layout = void>
+struct fragment;
+template <class T>
+struct fragment<matrix_a, 16, 16, 16, T, row_major> {};
+template <class T>
+struct fragment<matrix_b, 16, 16, 16, T, col_major> {};
+template <>
+struct fragment<accumulator, 16, 16, 16, float> {
+  static constexpr int num_elements = 8;
+  float x[num_elements];
+};
+template <class T>
+using FragmentA = fragment<matrix_a, 16, 16, 16, T, row_major>;
+template <class T>
+using FragmentB = fragment<matrix_b, 16, 16, 16, T, col_major>;
+using Accumulator = fragment<accumulator, 16, 16, 16, float>;
+
+__device__ void fill_fragment(Accumulator&, float);
+template <class T>
+__device__ void load_matrix_sync(FragmentA<T>&, const T*, unsigned) __attribute__((convergent));
+template <class T>
+__device__ void load_matrix_sync(FragmentB<T>&, const T*, unsigned) __attribute__((convergent));
+__device__ void load_matrix_sync(Accumulator&, const float*, unsigned, layout_t)
+    __attribute__((convergent));
+__device__ void store_matrix_sync(float*, const Accumulator&, unsigned, layout_t)
+    __attribute__((convergent));
+template <class T>
+__device__ void mma_sync(Accumulator&, const FragmentA<T>&, const FragmentB<T>&, const Accumulator&)
+    __attribute__((convergent));
+
+}  // namespace matrix
 
 template <class... P, class... A>
 __host__ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, stream_t stream,

@@ -118,12 +118,12 @@ class Block {
     return last_barrier_sum_;
   }
 
-  // Called by a thread: meets the lanes of `mask` and leaves a value; `finish` must follow.
-  Collective* meet(unsigned mask, const void* value, size_t bytes, At at) {
+  // Called by a thread: meets `lanes` of its warp and leaves a value; `finish` must follow.
+  Collective* meet(Lanes lanes, const void* value, size_t bytes, At at,
+                   bool orders_memory = false) {
     check_time(at);
     Quiet quiet;
     Thread* thread = self();
-    const Lanes lanes = lanes_of(mask, thread->lane);
     if (!(lanes & lane_bit(thread->lane)))
       fail(at.text() + ": calling lane is not in its own mask");
     const Lanes expected = lanes & existing_lanes(thread->warp);
@@ -137,13 +137,13 @@ class Block {
     memcpy(c->values[thread->lane], value, bytes);
     c->arrived |= lane_bit(thread->lane);
     ++c->readers;
-    release_order(c);
+    if (orders_memory) release_order(c);
     if (c->arrived == c->expected) {
       complete(c, thread->warp);
     } else {
       wait(at, c);
     }
-    acquire_order(c);
+    if (orders_memory) acquire_order(c);
     return c;
   }
 

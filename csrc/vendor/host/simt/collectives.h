@@ -14,7 +14,7 @@ struct Collective {
   bool pending = false;  // some arrived, some are missing
   int readers = 0;       // arrived and have not read yet
   At at;
-  alignas(8) unsigned char values[kWarp][8];
+  alignas(16) unsigned char values[kWarp][16];
 };
 
 // The collectives of one warp.

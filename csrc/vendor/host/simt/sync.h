@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Barriers, shuffles and votes by the names that kernels use.
+// Barriers, shuffles and votes by the names that kernels use. Of what a warp does together only
+// __syncwarp orders memory: hardware promises no more.
 #pragma once
 #include <cstring>
 #include <string>
@@ -15,8 +16,9 @@ inline int __syncthreads_or(int predicate, SIMT_PLACE) {
   return simt::self()->block->barrier(SIMT_HERE("__syncthreads_or"), predicate != 0) > 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_PLACE) {
-  simt::Block* block = simt::self()->block;
-  block->finish(block->meet(mask, "", 1, SIMT_HERE("__syncwarp")));
+  simt::Thread* thread = simt::self();
+  const simt::Lanes lanes = simt::lanes_of(mask, thread->lane);
+  thread->block->finish(thread->block->meet(lanes, "", 1, SIMT_HERE("__syncwarp"), true));
 }
 
 namespace simt {
@@ -27,7 +29,7 @@ T exchange(unsigned mask, T value, int source, At at) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
                 "shuffles take numbers of 4 or 8 bytes");
   Block* block = self()->block;
-  Collective* c = block->meet(mask, &value, sizeof(T), at);
+  Collective* c = block->meet(lanes_of(mask, self()->lane), &value, sizeof(T), at);
   {
     Quiet quiet;
     if (!block->has_lane(self()->warp, source))
@@ -45,7 +47,7 @@ T exchange(unsigned mask, T value, int source, At at) {
 // The lanes of the mask that voted for.
 inline Lanes vote(unsigned mask, bool predicate, At at) {
   Block* block = self()->block;
-  Collective* c = block->meet(mask, &predicate, 1, at);
+  Collective* c = block->meet(lanes_of(mask, self()->lane), &predicate, 1, at);
   Lanes votes = 0;
   {
     Quiet quiet;
