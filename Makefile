@@ -13,7 +13,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 	$(BIN)/python -m pytest -n 2 tests/emulation $(PYTEST)
 
-# The compiled kernels on the emulator: warp widths, thread orders, sanitizers.
+# The compiled kernels on the emulator: warp widths, thread orders, sanitizers, coverage.
 lanes: $(READY)
 	PYTHON=$(BIN)/python bash tests/lanes.sh
 

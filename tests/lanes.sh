@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every case of the compiled kernels on the emulator: both warp widths, every order of threads, and
-# under the sanitizers, whose runtimes must be there before Python is. PYTHON names the interpreter.
+# under the sanitizers, whose runtimes must be there before Python is; then the share of the kernels'
+# lines that the cases execute. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -23,3 +24,6 @@ for warp in 32 128; do
         lane "warp=$warp,sanitize=thread,threads=2" "$(g++ -print-file-name=libtsan.so)" \
         "$([ "$warp" = 32 ] && echo '*' || echo '*bfloat16*')"
 done
+
+echo "== coverage"
+"$python" -m tests.kernel_coverage
