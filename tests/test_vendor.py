@@ -194,6 +194,7 @@ LEAKS = {
     "cuda-name": "__global__ void k(float* x) { *x = __cosf(*x); }",
     "host-call": "void h(float*); __global__ void k(float* x) { h(x); }",
     "narrowing": "__global__ void k(float* x, long n) { int v[] = {n}; *x = v[0]; }",
+    "atomic-of-long": "__global__ void k(uint64_t* x) { atomicAdd(x, uint64_t{1}); }",
     "place-of-elements": "__global__ void k(float* x) { namespace m = kh::matrix; m::fragment<"
     "m::matrix_a, 16, 16, 16, kh::native_half_t, m::row_major> a; *x = a.x[0]; }",
     "wide-shuffle": "__global__ void k(float* x) { *x = __shfl_xor_sync(1u, *x, 1); }",

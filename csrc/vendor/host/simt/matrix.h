@@ -2,8 +2,10 @@
 // The matrix unit, by the names of CUDA's and MUSA's wmma: 16x16 matrices whose elements are spread
 // over 32 lanes.
 #pragma once
+#include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #include "block.h"
 #include "half.h"
