@@ -190,6 +190,7 @@ def weight_float64(
     """The values `[N, K]` of one expert's weight, exact: codes and fp32 scales fit float64."""
     if weight.dtype in PACKED:
         assert scale is not None
+        scale = _infinite_is_nan(scale)
         codes = torch.arange(k) // PACKED[weight.dtype]
         shifts = 4 * (torch.arange(k) % PACKED[weight.dtype])
         nibbles = (weight.long()[:, codes] >> shifts) & 15
@@ -198,8 +199,13 @@ def weight_float64(
         return (nibbles - zeros).double() * scale.double()[:, groups]
     if weight.dtype is FP8:
         assert scale is not None
-        return fp8_float64(weight) * _fp8_scale(scale.double(), group, weight.shape[0], k)
+        scale = _infinite_is_nan(scale).double()
+        return fp8_float64(weight) * _fp8_scale(scale, group, weight.shape[0], k)
     return weight.double()
+
+
+def _infinite_is_nan(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale.isinf(), math.nan, scale)
 
 
 def _fp8_scale(scale: torch.Tensor, group: int, n: int, k: int) -> torch.Tensor:
@@ -230,7 +236,7 @@ def x_float64(a: Args) -> torch.Tensor:
     if a.x.dtype is not FP8:
         values: torch.Tensor = a.x.double().reshape(rows, k)
         return values
-    scale: torch.Tensor = a.x_scale.double()
+    scale = _infinite_is_nan(a.x_scale).double()
     if scale.numel() != 1 or scale.dim() != 1:
         scale = scale.reshape(rows, scale.shape[-1])
         if scale.shape[-1] != 1:

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define KH_ABI_FINGERPRINT "2e65acaf4f385878"
+#define KH_ABI_FINGERPRINT "673e0d60117769e4"
 #define KH_ABI_VERSION 1
 #define KH_MAX_DIMS 8
 
@@ -63,6 +63,43 @@ typedef struct kh_fused_mul_add_args {
   double scale_value;  // used as fp32 where scale is absent
 } kh_fused_mul_add_args;
 int32_t kh_fused_mul_add(const kh_fused_mul_add_args* args, void* stream);
+
+typedef struct kh_fused_gemv_args {
+  int64_t device;  // index of the device that holds every tensor
+  kh_tensor x;  // [M, K], fp32, fp16, bf16 or fp8
+  kh_tensor weight;  // [N, K] as x or fp8, or int4 [N, K/2] uint8 or int8 or [N, K/8] int32
+  kh_tensor x_scale;  // [M, groups], [M, 1] or [1], fp32; beside fp8 x
+  kh_tensor weight_scale;  // fp8: per block, [N, 1] or [1], fp32; int4: [N, K/g], any float
+  kh_tensor weight_zero;  // [N, K/g], uint8; may be absent
+  kh_tensor bias;  // [N], any float; may be absent
+  kh_tensor norm_weight;  // [N], any float; may be absent
+  kh_tensor out;  // [M, n], any float, written
+  kh_tensor workspace;  // [M, N], fp32, contiguous; beside norm_weight
+  int64_t group_size;  // g; 0 where weights are dense
+  int64_t activation;  // 0 none, 1 SwiGLU, 2 SiLU, 3 GELU (tanh)
+  int64_t tile;  // position in the table of tiles
+  double eps;  // used as fp32
+} kh_fused_gemv_args;
+int32_t kh_fused_gemv(const kh_fused_gemv_args* args, void* stream);
+
+typedef struct kh_fused_moe_gemv_args {
+  int64_t device;  // index of the device that holds every tensor
+  kh_tensor x;  // [M, K], or [M*k, K] where x_per_slot; dtypes as fused_gemv
+  kh_tensor weight;  // [E, N, K], or packed int4
+  kh_tensor topk_ids;  // [M, k], int32 or int64
+  kh_tensor topk_weights;  // [M, k], any float; may be absent
+  kh_tensor x_scale;  // [rows of x, groups], [rows of x, 1] or [1], fp32; beside fp8 x
+  kh_tensor weight_scale;  // fp8: per block, [E, N, 1] or [E, 1], fp32; int4: [E, N, K/g]
+  kh_tensor weight_zero;  // [E, N, K/g], uint8; may be absent
+  kh_tensor out;  // [M, k, n], or [M, n] where reduce; any float, written
+  kh_tensor workspace;  // [M, k, n], fp32, contiguous; where reduce
+  int64_t group_size;  // g; 0 where weights are dense
+  int64_t activation;  // as fused_gemv
+  int64_t x_per_slot;  // 1 where each slot has a row of x
+  int64_t reduce;  // 1 adds up the slots of a token
+  int64_t tile;  // position in the table of tiles
+} kh_fused_moe_gemv_args;
+int32_t kh_fused_moe_gemv(const kh_fused_moe_gemv_args* args, void* stream);
 
 #ifdef __cplusplus
 }

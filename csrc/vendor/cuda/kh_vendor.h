@@ -4,8 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <mma.h>
 #include <stdint.h>
+
+#include "matrix.h"
 
 #ifndef KH_PLATFORM
 #define KH_PLATFORM "cuda"
@@ -13,7 +14,7 @@
 #define KH_WARP_SIZE 32
 #define KH_EXPORT extern "C" __attribute__((visibility("default")))
 #define KH_DYNAMIC_SHARED(type, name)                          \
-  extern __shared__ __align__(16) unsigned char kh_dynamic_[]; \
+  extern __shared__ __align__(32) unsigned char kh_dynamic_[]; \
   type* name = reinterpret_cast<type*>(kh_dynamic_)
 
 namespace kh {
@@ -52,7 +53,7 @@ __device__ __forceinline__ uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) 
   return reinterpret_cast<const uint32_t&>(result);
 }
 
-namespace matrix = nvcuda::wmma;
+namespace matrix = ::kh_cuda::wmma;
 using native_half_t = __half;
 using native_bf16_t = __nv_bfloat16;
 constexpr bool kMatrixUnit = true;

@@ -24,6 +24,7 @@
 #define __device__
 #define __global__ static
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __constant__ static const
 #ifdef KH_SIMT_SERIAL

@@ -16,7 +16,7 @@
 #define KH_WARP_SIZE 32
 #define KH_EXPORT extern "C" __attribute__((visibility("default")))
 #define KH_DYNAMIC_SHARED(type, name)                          \
-  extern __shared__ __align__(16) unsigned char kh_dynamic_[]; \
+  extern __shared__ __align__(32) unsigned char kh_dynamic_[]; \
   type* name = reinterpret_cast<type*>(kh_dynamic_)
 
 namespace kh {

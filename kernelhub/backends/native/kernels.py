@@ -28,6 +28,7 @@ class Launchers(dict[torch.device, Launcher]):
     def __init__(self, kernels: Kernels, op: str) -> None:
         self._kernels = kernels
         self._op = op
+        self._archs: dict[torch.device, str] = {}
 
     def __missing__(self, device: torch.device) -> Launcher:
         kernels = self._kernels
@@ -35,6 +36,12 @@ class Launchers(dict[torch.device, Launcher]):
         launcher = library.launcher(self._op, kernels.device_type, kernels.stream_of)
         self[device] = launcher
         return launcher
+
+    def arch(self, device: torch.device) -> str:
+        """The architecture of a device, as the platform's compiler calls it."""
+        if device not in self._archs:
+            self._archs[device] = self._kernels.arch_of(device)
+        return self._archs[device]
 
 
 @attrs.frozen

@@ -29,6 +29,8 @@ def matmul(
     """
     n, (m, k) = weight.shape[0], x.shape
     columns = (x if m > 1 else x.repeat(2, 1)).t()
+    if weight_scale is not None:
+        weight_scale = _infinite_is_nan(weight_scale)
     tile = max(1, (_TILE if x.device.type == "cpu" else _DEVICE_TILE) // max(k, 1))
     with full_precision(x):
         products = [
@@ -88,10 +90,16 @@ def widen(x: Tensor, x_scale: Tensor | None = None, group_size: int | None = Non
     flat = x.reshape(x.shape[:-1].numel(), k).float()
     if x_scale is None:
         return flat
+    x_scale = _infinite_is_nan(x_scale)
     if x_scale.shape == (1,):
         return flat * x_scale
     scale = x_scale.reshape(flat.shape[0], x_scale.shape[-1])
     return flat * (scale if scale.shape[1] == 1 else _spread(scale, group_size or 128, k))
+
+
+def _infinite_is_nan(scale: Tensor) -> Tensor:
+    """What an infinite scale makes of single codes is lost where it multiplies a group's sum."""
+    return scale + (scale - scale)
 
 
 def _spread(scale: Tensor, group: int, k: int) -> Tensor:

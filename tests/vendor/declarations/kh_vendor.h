@@ -11,13 +11,14 @@
 #define __shared__ __attribute__((shared))
 #define __constant__ __attribute__((constant))
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...) __attribute__((launch_bounds(__VA_ARGS__)))
 
 #define KH_PLATFORM "declarations"
 #define KH_WARP_SIZE 32
 #define KH_EXPORT extern "C" __attribute__((visibility("default")))
 #define KH_DYNAMIC_SHARED(type, name)                                         \
-  extern __shared__ __attribute__((aligned(16))) unsigned char kh_dynamic_[]; \
+  extern __shared__ __attribute__((aligned(32))) unsigned char kh_dynamic_[]; \
   type* name = reinterpret_cast<type*>(kh_dynamic_)
 
 struct uint3 {

@@ -2,6 +2,8 @@
 #pragma once
 #include_next <mma.h>
 
+#include "../../../csrc/vendor/cuda/matrix.h"
+
 namespace mtmusa {
-namespace wmma = nvcuda::wmma;
+namespace wmma = ::kh_cuda::wmma;
 }

@@ -1,0 +1,83 @@
+"""What the compiled fused_gemv and fused_moe_gemv share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from kernelhub.backends.native import tiles
+from kernelhub.backends.native.kernels import Launchers
+from kernelhub.contracts import _weights
+from kernelhub.spec import Args
+
+ACTIVATIONS = {None: 0, "swiglu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 3}
+"""Codes of the ABI; in csrc/common/gemv.muh as well."""
+
+_LIMIT = 2**30  # the kernels count rows and elements of K in 32 bits
+
+
+def rejects(a: Args) -> Iterable[str]:
+    for letter, size in (("K", a.x.shape[-1]), ("N", a.weight.shape[-2])):
+        if size > _LIMIT:
+            yield f"{letter} = {size} is above 2^30"
+
+
+def chain(a: Args) -> int:
+    """Additions into one result: a warp's share of K, then the warps; see docs/error-bounds.md."""
+    return int(a.x.shape[-1])
+
+
+def tile(
+    launchers: Launchers, op: str, x: Tensor, weight: Tensor, k: int
+) -> int:
+    scheme = _SCHEMES.get(weight.dtype) or ("fp8" if weight.dtype is _weights.FP8 else "dense")
+    return tiles.choose(op, launchers.arch(x.device), scheme, weight.shape[-2], k)
+
+
+_SCHEMES = dict.fromkeys(_weights.PACKED, "int4") | {torch.float32: "fp32"}
+
+
+def result_for(
+    x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
+) -> Tensor:
+    """What the kernel writes: `out` in this shape where that can be, else a new tensor.
+
+    A new one is of x's dtype where none is asked for, bf16 for fp8 x.
+    """
+    if out is not None and out.is_contiguous():
+        return out.view(shape)
+    if dtype is None:
+        dtype = torch.bfloat16 if x.dtype is _weights.FP8 else x.dtype
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def group_size(weight: Tensor, scale: Tensor | None, given: int | None, k: int) -> int:
+    """What the kernel is to take for g; 0 for dense weights."""
+    if scale is None:
+        return 0
+    if given is not None:
+        return given
+    if weight.dtype in _weights.PACKED and k > 0:
+        return k // scale.shape[-1]
+    return 128
+
+
+def scale_of_rows(scale: Tensor | None, rows: int) -> Tensor | None:
+    """x_scale with the leading dimensions of x as one; `[1]` is one scale for all."""
+    if scale is None or tuple(scale.shape) == (1,):
+        return scale
+    return scale.reshape(rows, scale.shape[-1])
+
+
+def delivered(result: Tensor, out: Tensor | None) -> Tensor:
+    """The result, in `out` where the caller gave one."""
+    if out is None:
+        return result
+    if out.data_ptr() == result.data_ptr():
+        increment_version(out)
+    else:
+        out.copy_(result)
+    return out
