@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "Say what is here, what is missing and what to do about it.",
     "explain": "Say which backend would run a call, and why no other.",
     "check": "Hold the backends to the contracts: run every conformance case.",
+    "bench": "Time the backends, beside each other and beside memory.",
     "build": "Compile a backend's kernels, for this machine or to ship.",
 }
 """Each command, in the module of its name, with the line for `kernelhub --help`."""

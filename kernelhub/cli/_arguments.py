@@ -10,7 +10,8 @@ import click
 import torch
 
 from kernelhub import plugins, registry
-from kernelhub.errors import nearest
+from kernelhub.cli._output import Refused
+from kernelhub.errors import UnknownName, nearest
 from kernelhub.spec import Args, Device, DeviceDesc, OpSpec, Param, TensorDesc, parse_device
 
 SHORT_NAMES = {
@@ -78,6 +79,27 @@ device_option = click.option(
     callback=device_callback,
     help="Where the tensors are: cpu, cuda:0, musa, ...",
 )
+
+
+def check_backends(names: Iterable[str]) -> None:
+    """Raise `UnknownName` for a backend that nobody knows."""
+    known = set(plugins.known_backends())
+    for name in names:
+        if name not in known:
+            raise UnknownName(f"no backend named '{name}'; {nearest(name, known)}")
+
+
+def absent_device(device: Device) -> str:
+    """Why torch cannot hold tensors on the device here; empty where it can."""
+    if device.type == "meta":
+        raise Refused("meta tensors hold no numbers to check")
+    if isinstance(device, DeviceDesc):
+        return f"torch has no '{device.type}' devices here: see `kernelhub doctor`"
+    try:
+        torch.empty(1, device=str(device))
+    except Exception as error:
+        return f"torch cannot use {device} here: {str(error).splitlines()[0]}"
+    return ""
 
 
 def read_arguments(spec: OpSpec, given: Iterable[str], device: Device) -> Args:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+T = TypeVar("T")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")
 
@@ -45,9 +49,34 @@ def write_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, allow_nan=False))
 
 
+def write_file(path: Path, content: str) -> None:
+    try:
+        path.write_text(content)
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {error.strerror}") from error
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that takes no text for markup: names and reasons come from plug-ins."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def followed(work: Sequence[tuple[str, T]]) -> Iterator[T]:
+    """The items of the work, a bar of it on stderr where that is a terminal."""
+    err = console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        console=err,
+        transient=True,
+        disable=not (err.is_terminal and sys.stderr.isatty()),
+    ) as progress:
+        task = progress.add_task("", total=len(work))
+        for said, item in work:
+            progress.update(task, description=said)
+            yield item
+            progress.advance(task)
 
 
 def show(rows: Table) -> None:

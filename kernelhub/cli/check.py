@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
 import click
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from kernelhub import dispatch, grammar, plugins, policy, registry
-from kernelhub.cli._arguments import device_option
+from kernelhub.cli._arguments import absent_device, check_backends, device_option
 from kernelhub.cli._output import (
-    Refused,
-    console,
+    followed,
     json_option,
     say,
     show,
@@ -27,8 +23,7 @@ from kernelhub.cli._output import (
     titled,
     write_json,
 )
-from kernelhub.errors import UnknownName, nearest
-from kernelhub.spec import Case, Device, DeviceDesc
+from kernelhub.spec import Case, Device
 from kernelhub.testing import Outcome, run_case
 
 
@@ -85,8 +80,8 @@ def command(
     """
     with stdout_reserved():
         plugins.load()
-        _known_backends(names)
-        absent = _absent_device(device)
+        check_backends(names)
+        absent = absent_device(device)
         wanted = list(dict.fromkeys(ops)) or list(registry.specs())
         found, unavailable = _backends_by_op(wanted, list(dict.fromkeys(names)), device)
         pairs = [
@@ -105,26 +100,6 @@ def command(
     else:
         _print(pairs, report, verbose)
     raise click.exceptions.Exit(0 if report["ok"] else 1)
-
-
-def _known_backends(names: Iterable[str]) -> None:
-    known = set(plugins.known_backends())
-    for name in names:
-        if name not in known:
-            raise UnknownName(f"no backend named '{name}'; {nearest(name, known)}")
-
-
-def _absent_device(device: Device) -> str:
-    """Why torch cannot hold tensors on the device here; empty where it can."""
-    if device.type == "meta":
-        raise Refused("meta tensors hold no numbers to check")
-    if isinstance(device, DeviceDesc):
-        return f"torch has no '{device.type}' devices here: see `kernelhub doctor`"
-    try:
-        torch.empty(1, device=str(device))
-    except Exception as error:
-        return f"torch cannot use {device} here: {str(error).splitlines()[0]}"
-    return ""
 
 
 def _backends_by_op(
@@ -146,21 +121,9 @@ def _backends_by_op(
 
 
 def _run(pairs: list[Pair], device: Device, seed: int) -> None:
-    err = console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),  # fits 80 columns beside the longest name
-        MofNCompleteColumn(),
-        console=err,
-        transient=True,
-        disable=not (err.is_terminal and sys.stderr.isatty()),
-    ) as progress:
-        task = progress.add_task("", total=sum(len(pair.cases) for pair in pairs))
-        for pair in pairs:
-            progress.update(task, description=f"{pair.op} on {pair.backend}")
-            for case in pair.cases:
-                pair.outcomes.append(run_case(pair.op, case, pair.backend, str(device), seed))
-                progress.advance(task)
+    work = [(f"{pair.op} on {pair.backend}", (pair, case)) for pair in pairs for case in pair.cases]
+    for pair, case in followed(work):
+        pair.outcomes.append(run_case(pair.op, case, pair.backend, str(device), seed))
 
 
 def _to_dict(

@@ -1,0 +1,1 @@
+"""What `kernelhub bench` measures and how: see `docs/performance.md`."""

@@ -1,0 +1,227 @@
+"""Times cases on backends: every variant of a case in turn, in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from kernelhub import registry
+from kernelhub.bench import clock, stream
+from kernelhub.bench.cases import Case
+from kernelhub.bench.clock import Clock, Sampler, Timing
+from kernelhub.bench.inputs import Calls, rotated_bytes
+from kernelhub.bench.stream import Roof
+from kernelhub.function import entry_for, get
+from kernelhub.policy import use
+
+ROUNDS = 15
+_TOLERANCE = 1.03  # a figure further above the roof is a fault of the measurement
+
+
+@attrs.frozen
+class Variant:
+    """One way to run a case: a backend, under conditions that hold while it runs."""
+
+    name: str
+    backend: str
+    scope: clock.Scope = contextlib.nullcontext
+
+
+@attrs.frozen
+class Run:
+    """What one variant of one case showed.
+
+    `status`: "timed", "declined" (the backend says that it cannot, `reason`) or "failed" (it said
+    that it could). `fault` says why a time is not to be believed.
+    """
+
+    variant: str
+    status: str
+    reason: str = ""
+    method: str = ""
+    timing: Timing | None = None
+    gbs: float | None = None
+    fault: str = ""
+
+
+@attrs.frozen
+class Floor:
+    """The fastest of torch's ways to move as many bytes as the case does."""
+
+    way: str
+    timing: Timing
+
+
+@attrs.frozen
+class Measured:
+    """A case with what each variant showed, in the order in which they were named."""
+
+    case: Case
+    bytes: int
+    num_sets: int
+    runs: tuple[Run, ...]
+    floor: Floor | None
+
+
+def measure_roof(device: torch.device, rounds: int = ROUNDS) -> Roof | None:
+    """What memory gives to large transfers; None on a CPU: its caches are part of all figures."""
+    if device.type == "cpu":
+        return None
+    timer = clock.clock_of(device)
+    size = min(stream.ROOF_BYTES, memory_limit(device) // 4)
+    ways = stream.reads(size, device, size)
+    timings, _ = clock.interleaved(
+        {way: timer.sampler(calls, contextlib.nullcontext) for way, calls in ways.items()}, rounds
+    )
+    rates = {way: size / timing.us * 1e6 for way, timing in timings.items()}
+    timer.release()
+    return Roof(read=max(rates[way] for way in rates if way != "copy"), copy=rates["copy"])
+
+
+def measure(
+    case: Case,
+    variants: Sequence[Variant],
+    device: torch.device,
+    *,
+    roof: Roof | None = None,
+    rounds: int = ROUNDS,
+    floor: bool = True,
+) -> Measured:
+    """Time one case: all variants and the floor interleaved."""
+    budget = rotated_bytes(device)
+    needed, limit = case.memory_bytes(budget), memory_limit(device)
+    if needed > limit:
+        reason = f"its inputs need {needed / 1e9:.1f} GB; {device} gives {limit / 1e9:.1f} GB"
+        failed = tuple(Run(v.name, "failed", reason) for v in variants)
+        return Measured(case, 0, 0, failed, None)
+    timer = clock.clock_of(device)
+    try:
+        with torch.no_grad():
+            return _measure(case, variants, device, timer, roof, rounds, floor)
+    finally:
+        timer.release()
+
+
+def _measure(
+    case: Case,
+    variants: Sequence[Variant],
+    device: torch.device,
+    timer: Clock,
+    roof: Roof | None,
+    rounds: int,
+    floor: bool,
+) -> Measured:
+    budget = rotated_bytes(device)
+    sets = case.sets(device, budget)
+    num_bytes = sum(map(case.cost, sets)) // len(sets)
+    prepared: dict[str, Run | tuple[Sampler, str]] = {}
+    for variant in variants:
+        prepared[variant.name] = _prepare(case, variant, sets, timer)
+    samplers = {f"variant {n}": p[0] for n, p in prepared.items() if isinstance(p, tuple)}
+    if floor and samplers:
+        for way, calls in stream.reads(num_bytes, device, budget).items():
+            samplers[f"floor {way}"] = timer.sampler(calls, contextlib.nullcontext)
+    timings, failures = clock.interleaved(samplers, rounds)
+    runs = []
+    for name, found in prepared.items():
+        if isinstance(found, Run):
+            runs.append(found)
+        elif f"variant {name}" in failures:
+            runs.append(Run(name, "failed", failures[f"variant {name}"]))
+        else:
+            runs.append(_judged(name, found[1], timings[f"variant {name}"], num_bytes, roof))
+    ways = {n.removeprefix("floor "): t for n, t in timings.items() if n.startswith("floor ")}
+    best = min(ways, key=lambda way: ways[way].us, default=None)
+    return Measured(
+        case,
+        num_bytes,
+        len(sets),
+        tuple(runs),
+        None if best is None else Floor(best, ways[best]),
+    )
+
+
+def _prepare(
+    case: Case, variant: Variant, sets: list[Calls], timer: Clock
+) -> Run | tuple[Sampler, str]:
+    """What samples a variant and how, or why it cannot be timed."""
+    name, backend = variant.name, variant.backend
+    spec = registry.spec(case.op)
+    entries = [entry_for(case.op, backend, spec.bind(**call)) for call in sets[0]]
+    for call, entry in zip(sets[0], entries, strict=True):
+        if entry is None:
+            return Run(name, "declined", why_not(case.op, backend, call))
+    graph_safe = all(entry.implementation.traits.graph_safe for entry in entries if entry)
+    function = get(case.op).on(backend)
+    try:
+        with variant.scope():
+            wrong = _not_finite(function, sets[0])
+        if wrong:
+            return Run(name, "failed", wrong)
+        calls = [_together(function, calls) for calls in sets]
+        sampler = timer.sampler(calls, variant.scope, graph_safe)
+    except Exception as error:  # a kernel's, a build's or of memory: the others go on
+        return Run(name, "failed", f"{type(error).__name__}: {error}")
+    return sampler, timer.method(graph_safe)
+
+
+def why_not(op: str, backend: str, call: dict[str, Any]) -> str:
+    """Every reason why a backend does not run a call."""
+    with use(backend):
+        candidates = get(op).explain(**call).candidates
+    reasons = [r for c in candidates if c.backend == backend for r in c.reasons]
+    return "; ".join(dict.fromkeys(reasons)) or "declined"
+
+
+def _together(function: Callable[..., Any], calls: Calls) -> clock.Call:
+    if len(calls) == 1:
+        (only,) = calls
+        return lambda: function(**only)
+
+    def run() -> None:
+        for call in calls:
+            function(**call)
+
+    return run
+
+
+def _not_finite(function: Callable[..., Any], calls: Calls) -> str:
+    """Run a set once and look at what it wrote; a time of nonsense would mean nothing."""
+    for call in calls:
+        returned = function(**call)
+        for value in (returned, call.get("query"), call.get("key")):
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                return "its result is not finite"
+    return ""
+
+
+def _judged(name: str, method: str, timing: Timing, num_bytes: int, roof: Roof | None) -> Run:
+    rate = num_bytes / timing.us * 1e6  # bytes a second
+    fault = ""
+    if roof is not None and rate > roof.most * _TOLERANCE:
+        fault = (
+            f"{rate / 1e9:.0f} GB/s is above the roof of {roof.most / 1e9:.0f} GB/s: the "
+            "measurement is wrong, or the bytes came from a cache"
+        )
+    return Run(name, "timed", method=method, timing=timing, gbs=rate / 1e9, fault=fault)
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that inputs may take: most of what is free on a device, half of a host's memory."""
+    if device.type != "cpu":
+        free, _ = getattr(torch, device.type).mem_get_info(device.index or 0)
+        return int(free * 0.9)
+    return min(_host_memory()) // 2
+
+
+def _host_memory() -> Iterator[int]:
+    yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        yield int(Path("/sys/fs/cgroup/memory.max").read_text())
