@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,12 @@ def stdout_reserved() -> Iterator[None]:
 
 def write_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def need_folder(path: Path) -> None:
+    """Refuse a file that could not be written, before the work that it is for."""
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise Refused(f"{path} cannot be written: its folder is missing, or not yours")
 
 
 def write_file(path: Path, content: str) -> None:

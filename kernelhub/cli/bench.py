@@ -20,7 +20,14 @@ from kernelhub.bench.rows import rows_of
 from kernelhub.bench.stream import Roof
 from kernelhub.cli._arguments import absent_device, check_backends, device_option
 from kernelhub.cli._bench_table import print_report
-from kernelhub.cli._output import Refused, followed, stdout_reserved, write_file, write_json
+from kernelhub.cli._output import (
+    Refused,
+    followed,
+    need_folder,
+    stdout_reserved,
+    write_file,
+    write_json,
+)
 from kernelhub.errors import nearest
 from kernelhub.spec import Device, DeviceDesc
 
@@ -96,8 +103,8 @@ def command(
     kernels and writes a table of those that beat the ones in use.
     """
     for path in (output, None if json_path in (None, "-") else Path(json_path or "")):
-        if path is not None and not path.parent.is_dir():
-            raise Refused(f"{path}: there is no such folder")
+        if path is not None:
+            need_folder(path)
     with stdout_reserved():
         if plugin is not None:
             _import(plugin)

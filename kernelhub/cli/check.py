@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,6 +17,7 @@ from kernelhub.cli._arguments import absent_device, check_backends, device_optio
 from kernelhub.cli._output import (
     followed,
     json_option,
+    need_folder,
     say,
     show,
     stdout_reserved,
@@ -27,7 +30,7 @@ from kernelhub.spec import Case, Device
 from kernelhub.testing import Outcome, run_case
 
 
-@attrs.frozen
+@attrs.define
 class Pair:
     """An op on a backend, with the cases to run and, in time, what they showed."""
 
@@ -35,6 +38,7 @@ class Pair:
     backend: str
     cases: tuple[Case, ...]
     outcomes: list[Outcome] = attrs.field(factory=list)
+    seconds: float = 0.0
 
     def count(self, status: str) -> int:
         return sum(outcome.status == status for outcome in self.outcomes)
@@ -62,6 +66,13 @@ class Pair:
 @click.option("--case", "glob", default="*", metavar="GLOB", help="Only cases of such names.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the generated numbers.")
 @click.option("--verbose", is_flag=True, help="Every case, not only the failures.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write a report to send in: figures and versions, nothing personal.",
+)
 @json_option
 def command(
     ops: tuple[str, ...],
@@ -70,6 +81,7 @@ def command(
     glob: str,
     seed: int,
     verbose: bool,
+    report_path: Path | None,
     as_json: bool,
 ) -> None:
     """Run the conformance cases of every op on every available backend.
@@ -78,6 +90,8 @@ def command(
     named, whatever KERNELHUB_BACKEND says. Exits with 1 where a case failed, a named backend cannot
     be used, or no case ran.
     """
+    if report_path is not None:
+        need_folder(report_path)
     with stdout_reserved():
         plugins.load()
         check_backends(names)
@@ -94,7 +108,11 @@ def command(
             for backend in (() if absent else backends)
         ]
         _run(pairs, device, seed)
-    report = _to_dict(pairs, unavailable, device, seed, absent, verbose)
+        report = _to_dict(pairs, unavailable, device, seed, absent, verbose)
+        if report_path is not None:
+            from kernelhub.cli import _check_report
+
+            _check_report.write(report_path, pairs, report)
     if as_json:
         write_json(report)
     else:
@@ -123,7 +141,9 @@ def _backends_by_op(
 def _run(pairs: list[Pair], device: Device, seed: int) -> None:
     work = [(f"{pair.op} on {pair.backend}", (pair, case)) for pair in pairs for case in pair.cases]
     for pair, case in followed(work):
+        start = time.perf_counter()
         pair.outcomes.append(run_case(pair.op, case, pair.backend, str(device), seed))
+        pair.seconds += time.perf_counter() - start
 
 
 def _to_dict(
@@ -159,15 +179,15 @@ def _pair_to_dict(pair: Pair, verbose: bool) -> dict[str, Any]:
         "passed": pair.count("passed"),
         "failed": pair.count("failed"),
         "declined": pair.count("declined"),
-        "worst": None if worst is None else _outcome_to_dict(worst),
-        "failures": [_outcome_to_dict(outcome) for outcome in pair.failures],
+        "worst": None if worst is None else outcome_to_dict(worst),
+        "failures": [outcome_to_dict(outcome) for outcome in pair.failures],
     }
     if verbose:
-        found["outcomes"] = [_outcome_to_dict(outcome) for outcome in pair.outcomes]
+        found["outcomes"] = [outcome_to_dict(outcome) for outcome in pair.outcomes]
     return found
 
 
-def _outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
+def outcome_to_dict(outcome: Outcome) -> dict[str, Any]:
     """The fraction is None where it is not a number of bounds: the result is simply wrong."""
     fraction = outcome.fraction if math.isfinite(outcome.fraction) else None
     return {

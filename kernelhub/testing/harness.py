@@ -23,7 +23,10 @@ _POISON = 0xFF  # NaN in every floating type, so that whatever is added shows
 
 @attrs.frozen
 class Outcome:
-    """What one case showed. `fraction` is the largest error as a share of its bound."""
+    """What one case showed. `fraction` is the largest error as a share of its bound.
+
+    `same_bits`: whether two runs gave the same bits; None where there was no second run.
+    """
 
     op: str
     backend: str
@@ -31,6 +34,7 @@ class Outcome:
     status: str  # "passed", "failed" or "declined"
     fraction: float = 0.0
     message: str = ""
+    same_bits: bool | None = None
 
 
 class Buffers:
@@ -155,13 +159,13 @@ def run_case(
             return Outcome(op, backend, case.name, "declined", 0.0, trial.reasons())
         fraction = trial.judge(entry)
     except _Fault as fault:
-        return Outcome(op, backend, case.name, "failed", math.inf, str(fault))
+        return Outcome(op, backend, case.name, "failed", math.inf, str(fault), trial.same_bits[-1])
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return Outcome(op, backend, case.name, "failed", math.inf, message)
     if not fraction <= 1:
         return Outcome(op, backend, case.name, "failed", fraction, "error past its bound")
-    return Outcome(op, backend, case.name, "passed", fraction)
+    return Outcome(op, backend, case.name, "passed", fraction, same_bits=trial.same_bits[-1])
 
 
 @attrs.frozen
@@ -173,6 +177,7 @@ class _Trial:
     backend: str
     device: torch.device
     seed: int
+    same_bits: list[bool | None] = attrs.field(factory=lambda: [None])
 
     @property
     def op(self) -> Callable[..., Any]:
@@ -227,7 +232,8 @@ class _Trial:
         _, _, again = self.call(self.arguments())
         if not _same_bits(outputs, kept):
             raise _Fault("a second call changed the first result")
-        if traits.deterministic and not _same_bits(outputs, again):
+        self.same_bits.append(_same_bits(outputs, again))
+        if traits.deterministic and not self.same_bits[-1]:
             raise _Fault("a second run gave other bits")
         if "out" in self.spec.signature.parameters and self.arguments().get("out") is None:
             for pad in (0, 3):
