@@ -108,7 +108,7 @@ def test_the_floor_moves_as_many_bytes() -> None:
 
 
 def test_an_impossible_figure_is_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "measure_roof", lambda *_: Roof(read=1.0, copy=2.0))
+    monkeypatch.setattr(runs, "measure_roof", lambda *_, **__: Roof(read=1.0, copy=2.0))
     shown, report = bench(tmp_path, "--backend", "reference", code=1)
     assert "is above the roof of 0 GB/s" in report["results"][0]["fault"]
     assert report["problems"] == ["1 figures are impossible"] and not report["ok"]
@@ -363,15 +363,25 @@ class FakeDevice:
 
 
 @pytest.mark.parametrize(
-    ("graphs", "safe", "method", "us"),
-    [(True, True, "graph", 1.0), (True, False, "eager", 3.0), (False, True, "eager", 3.0)],
+    ("has_graphs", "wanted", "safe", "method", "us"),
+    [
+        (True, True, True, "graph", 1.0),
+        (True, True, False, "eager", 3.0),
+        (True, False, True, "eager", 3.0),
+        (False, True, True, "eager", 3.0),
+    ],
 )
 def test_a_device_is_timed_by_replay_where_it_can(
-    graphs: bool, safe: bool, method: str, us: float, monkeypatch: pytest.MonkeyPatch
+    has_graphs: bool,
+    wanted: bool,
+    safe: bool,
+    method: str,
+    us: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fake = FakeDevice(graphs)
+    fake = FakeDevice(has_graphs)
     monkeypatch.setattr(torch, "musa", fake, raising=False)
-    timer = clock.DeviceClock(DeviceDesc("musa", 0))  # type: ignore[arg-type]
+    timer = clock.clock_of(DeviceDesc("musa", 0), wanted)  # type: ignore[arg-type]
     assert timer.method(safe) == method
     sample = timer.sampler([fake.call] * 5, contextlib.nullcontext, safe)
     assert sample() == pytest.approx(us * 1e-6)

@@ -99,12 +99,13 @@ class DeviceClock:
     """Replay of a graph that holds the calls; for what no graph can hold, the calls themselves.
 
     Finds everything by name in `torch.cuda`, `torch.musa`, ...: a device whose module has no graphs
-    gets the second way.
+    gets the second way, and so does every call where `graphs` is False.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, graphs: bool = True) -> None:
         self._module: Any = getattr(torch, device.type)
-        self._graph: Any = getattr(self._module, f"{device.type.upper()}Graph", None)
+        name = f"{device.type.upper()}Graph"
+        self._graph: Any = getattr(self._module, name, None) if graphs else None
         self._module.set_device(device.index or 0)
 
     def method(self, graph_safe: bool) -> str:
@@ -151,7 +152,8 @@ class DeviceClock:
             run()
             end.record()
             end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3 / count
+            elapsed_ms = max(float(start.elapsed_time(end)), 1e-6)  # clocks have steps
+            return elapsed_ms / 1e3 / count
 
         for _ in range(2):
             sample()
@@ -166,5 +168,5 @@ class DeviceClock:
 Clock = HostClock | DeviceClock
 
 
-def clock_of(device: torch.device) -> Clock:
-    return HostClock() if device.type == "cpu" else DeviceClock(device)
+def clock_of(device: torch.device, graphs: bool = True) -> Clock:
+    return HostClock() if device.type == "cpu" else DeviceClock(device, graphs)

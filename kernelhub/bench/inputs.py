@@ -49,9 +49,8 @@ class Maker:
         return self.empty(*shape, dtype=dtype).uniform_(0.5, 1.5, generator=self.generator)
 
     def codes(self, *shape: int) -> Tensor:
-        return torch.randint(
-            *(0, 256, shape), dtype=torch.uint8, device=self.device, generator=self.generator
-        )
+        empty = self.empty(*shape, dtype=torch.uint8)
+        return empty.random_(0, 256, generator=self.generator)
 
     def fp8(self, *shape: int) -> Tensor:
         """Values below 2: without its highest exponent bit no code is a NaN."""

@@ -70,11 +70,11 @@ class Measured:
     floor: Floor | None
 
 
-def measure_roof(device: torch.device, rounds: int = ROUNDS) -> Roof | None:
+def measure_roof(device: torch.device, rounds: int = ROUNDS, graphs: bool = True) -> Roof | None:
     """What memory gives to large transfers; None on a CPU: its caches are part of all figures."""
     if device.type == "cpu":
         return None
-    timer = clock.clock_of(device)
+    timer = clock.clock_of(device, graphs)
     size = min(stream.ROOF_BYTES, memory_limit(device) // 4)
     ways = stream.reads(size, device, size)
     timings, _ = clock.interleaved(
@@ -93,6 +93,7 @@ def measure(
     roof: Roof | None = None,
     rounds: int = ROUNDS,
     floor: bool = True,
+    graphs: bool = True,
 ) -> Measured:
     """Time one case: all variants and the floor interleaved."""
     budget = rotated_bytes(device)
@@ -101,7 +102,7 @@ def measure(
         reason = f"its inputs need {needed / 1e9:.1f} GB; {device} gives {limit / 1e9:.1f} GB"
         failed = tuple(Run(v.name, "failed", reason) for v in variants)
         return Measured(case, 0, 0, failed, None)
-    timer = clock.clock_of(device)
+    timer = clock.clock_of(device, graphs)
     try:
         with torch.no_grad():
             return _measure(case, variants, device, timer, roof, rounds, floor)
@@ -216,8 +217,9 @@ def _judged(name: str, method: str, timing: Timing, num_bytes: int, roof: Roof |
 def memory_limit(device: torch.device) -> int:
     """Bytes that inputs may take: most of what is free on a device, half of a host's memory."""
     if device.type != "cpu":
-        free, _ = getattr(torch, device.type).mem_get_info(device.index or 0)
-        return int(free * 0.9)
+        ask = getattr(getattr(torch, device.type), "mem_get_info", None)
+        # Where nobody tells, an allocation that fails does.
+        return 2**62 if ask is None else int(ask(device.index or 0)[0] * 0.9)
     return min(_host_memory()) // 2
 
 

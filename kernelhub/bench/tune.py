@@ -84,10 +84,13 @@ def tune(
     backend: str,
     device: torch.device,
     rounds: int = runs.ROUNDS,
+    graphs: bool = True,
 ) -> Choice:
     """Time every tile on every case of a class, interleaved with the one in use."""
     ways = variants(op, shape_class, backend)
-    measured = tuple(runs.measure(c, ways, device, rounds=rounds, floor=False) for c in cases)
+    measured = tuple(
+        runs.measure(c, ways, device, rounds=rounds, floor=False, graphs=graphs) for c in cases
+    )
     return choose(op, shape_class, measured)
 
 

@@ -56,7 +56,7 @@ def _notes(report: dict[str, Any]) -> None:
         )
     eager = sorted({row["backend"] for row in results if row.get("method") == "eager"})
     if eager:
-        say(f"no graph holds {', '.join(eager)}: timed with the host's share", "dim")
+        say(f"timed without a graph, with the host's share: {', '.join(eager)}", "dim")
     for row in results:
         if row["fault"]:
             say(f"! {row['op']} {row['case']} on {row['backend']}: {row['fault']}", "bold red")

@@ -71,6 +71,7 @@ SCHEMA = 1
 )
 @device_option
 @click.option("--rounds", default=runs.ROUNDS, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--eager", is_flag=True, help="No graphs: time the calls, with the host's share.")
 @click.option("--plugin", metavar="MODULE", help="Import this first: it registers a backend.")
 @click.option(
     "--tune", "tuning", is_flag=True, help="Time every tile of the one --backend instead."
@@ -91,6 +92,7 @@ def command(
     names: tuple[str, ...],
     device: Device,
     rounds: int,
+    eager: bool,
     plugin: str | None,
     tuning: bool,
     output: Path | None,
@@ -117,9 +119,9 @@ def command(
             raise click.ClickException(absent)
         assert not isinstance(device, DeviceDesc)
         if tuning:
-            report = _tuned(found, names, device, rounds, output)
+            report = _tuned(found, names, device, rounds, not eager, output)
         else:
-            report = _timed(found, names, device, rounds)
+            report = _timed(found, names, device, rounds, not eager)
     if json_path == "-":
         write_json(report)
     else:
@@ -177,13 +179,15 @@ def _automatic(device: Device) -> tuple[str, ...]:
 
 
 def _timed(
-    found: list[Case], names: tuple[str, ...], device: torch.device, rounds: int
+    found: list[Case], names: tuple[str, ...], device: torch.device, rounds: int, graphs: bool
 ) -> dict[str, Any]:
-    roof = runs.measure_roof(device, rounds)
+    roof = runs.measure_roof(device, rounds, graphs)
     variants = [runs.Variant(name, name) for name in names]
     results: list[dict[str, Any]] = []
     for case in followed([(case.op, case) for case in found]):
-        results += rows_of(runs.measure(case, variants, device, roof=roof, rounds=rounds))
+        results += rows_of(
+            runs.measure(case, variants, device, roof=roof, rounds=rounds, graphs=graphs)
+        )
     return {**_head(device, rounds), "roof": _roof(roof), **_verdict(results), "results": results}
 
 
@@ -218,13 +222,14 @@ def _tuned(
     names: tuple[str, ...],
     device: torch.device,
     rounds: int,
+    graphs: bool,
     output: Path | None,
 ) -> dict[str, Any]:
     if len(names) != 1 or output is None:
         raise Refused("--tune needs one --backend and --output FILE")
     groups = tune.by_class(found)
     choices = [
-        tune.tune(op, shape_class, groups[op, shape_class], names[0], device, rounds)
+        tune.tune(op, shape_class, groups[op, shape_class], names[0], device, rounds, graphs)
         for op, shape_class in followed([(f"{op} {cls}", (op, cls)) for op, cls in groups])
     ]
     head = {**_head(device, rounds), "backend": names[0], "arch": _arch(names[0], device)}

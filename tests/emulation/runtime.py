@@ -81,6 +81,10 @@ def synchronize(device: DeviceLike = None) -> None:
     _index(device)
 
 
+def empty_cache() -> None:
+    """Host memory goes back by itself."""
+
+
 def get_device_capability(device: DeviceLike = None) -> tuple[int, int]:
     return _DEVICES[_index(device)][1]
 
