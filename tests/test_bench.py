@@ -16,9 +16,9 @@ import torch
 from kernelhub import registry
 from kernelhub.backend import Backend, Implementation
 from kernelhub.backends.native import tiles
-from kernelhub.bench import cases, clock, inputs, runs, tune
+from kernelhub.bench import cases, clock, inputs, runs, stream, tune
 from kernelhub.bench.clock import Timing
-from kernelhub.bench.stream import Roof, reads
+from kernelhub.bench.stream import Roof
 from kernelhub.errors import KernelhubError
 from kernelhub.spec import DeviceDesc, Traits
 from tests.commands import run, run_json
@@ -102,7 +102,7 @@ def test_variants_take_turns() -> None:
 
 def test_the_floor_moves_as_many_bytes() -> None:
     for num_bytes in (1, 4096, 100_000):
-        for way, calls in reads(num_bytes, CPU, 10 * num_bytes).items():
+        for way, calls in stream.reads(num_bytes, CPU, 10 * num_bytes).items():
             assert len(calls) == 10, way
             calls[-1]()
 
@@ -178,10 +178,37 @@ def test_a_backend_that_breaks_while_it_is_timed(tmp_path: Path, add_backend: An
     assert right["status"] == "timed"
 
 
-def test_inputs_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_beyond_memory_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "memory_limit", lambda device: 1000)
     report = run_json_bench("--backend", "reference", code=1)
-    assert "its inputs need 0.0 GB" in report["results"][0]["reason"]
+    (row,) = report["results"]
+    assert row["status"] == "declined"
+    assert row["reason"].endswith("GB of cpu, which has 0.00 GB left")
+    assert report["problems"] == ["nothing was timed"]
+
+
+def test_a_broken_device_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(cases.Case, "sets", fail)
+    report = run_json_bench("--backend", "reference", code=1)
+    assert report["results"][0]["reason"] == "RuntimeError: illegal memory access"
+    assert report["problems"] == ["1 runs failed", "nothing was timed"]
+
+
+def test_a_way_to_read_that_torch_lacks_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise NotImplementedError("sum")
+
+    monkeypatch.setattr(
+        stream, "reads", lambda *_: {"sum": [fail], "nap": [lambda: time.sleep(0.004)]}
+    )
+    _, report = bench(tmp_path, "--backend", "reference")
+    (row,) = report["results"]
+    assert row["floor_way"] == "nap" and row["floor_us"] > 4000 and row["x_floor"] < 1
 
 
 def run_json_bench(*more: str, code: int = 0) -> Any:

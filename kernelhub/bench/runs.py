@@ -76,13 +76,21 @@ def measure_roof(device: torch.device, rounds: int = ROUNDS, graphs: bool = True
         return None
     timer = clock.clock_of(device, graphs)
     size = min(stream.ROOF_BYTES, memory_limit(device) // 4)
-    ways = stream.reads(size, device, size)
-    timings, _ = clock.interleaved(
-        {way: timer.sampler(calls, contextlib.nullcontext) for way, calls in ways.items()}, rounds
-    )
-    rates = {way: size / timing.us * 1e6 for way, timing in timings.items()}
+    timings, _ = clock.interleaved(_streams(size, device, size, timer), rounds)
     timer.release()
-    return Roof(read=max(rates[way] for way in rates if way != "copy"), copy=rates["copy"])
+    rates = {way: size / timing.us * 1e6 for way, timing in timings.items()}
+    copy = rates.pop("copy", 0.0)
+    read = max(rates.values(), default=0.0)
+    return Roof(read, copy) if read or copy else None
+
+
+def _streams(num_bytes: int, device: torch.device, budget: int, timer: Clock) -> dict[str, Sampler]:
+    """What samples torch's ways to move bytes; a way that a device's torch lacks is left out."""
+    found = {}
+    for way, calls in stream.reads(num_bytes, device, budget).items():
+        with contextlib.suppress(Exception):
+            found[way] = timer.sampler(calls, contextlib.nullcontext)
+    return found
 
 
 def measure(
@@ -96,18 +104,22 @@ def measure(
     graphs: bool = True,
 ) -> Measured:
     """Time one case: all variants and the floor interleaved."""
-    budget = rotated_bytes(device)
-    needed, limit = case.memory_bytes(budget), memory_limit(device)
-    if needed > limit:
-        reason = f"its inputs need {needed / 1e9:.1f} GB; {device} gives {limit / 1e9:.1f} GB"
-        failed = tuple(Run(v.name, "failed", reason) for v in variants)
-        return Measured(case, 0, 0, failed, None)
     timer = clock.clock_of(device, graphs)
     try:
+        needed, limit = case.memory_bytes(rotated_bytes(device)), memory_limit(device)
+        if needed > limit:
+            reason = f"needs {needed / 1e9:.2f} GB of {device}, which has {limit / 1e9:.2f} GB left"
+            return _all_without(case, variants, "declined", reason)
         with torch.no_grad():
             return _measure(case, variants, device, timer, roof, rounds, floor)
+    except Exception as error:  # no inputs, or a device that an earlier kernel broke
+        return _all_without(case, variants, "failed", f"{type(error).__name__}: {error}")
     finally:
         timer.release()
+
+
+def _all_without(case: Case, variants: Sequence[Variant], status: str, reason: str) -> Measured:
+    return Measured(case, 0, 0, tuple(Run(v.name, status, reason) for v in variants), None)
 
 
 def _measure(
@@ -127,8 +139,8 @@ def _measure(
         prepared[variant.name] = _prepare(case, variant, sets, timer)
     samplers = {f"variant {n}": p[0] for n, p in prepared.items() if isinstance(p, tuple)}
     if floor and samplers:
-        for way, calls in stream.reads(num_bytes, device, budget).items():
-            samplers[f"floor {way}"] = timer.sampler(calls, contextlib.nullcontext)
+        ways = _streams(num_bytes, device, budget, timer)
+        samplers.update({f"floor {way}": sampler for way, sampler in ways.items()})
     timings, failures = clock.interleaved(samplers, rounds)
     runs = []
     for name, found in prepared.items():
@@ -138,15 +150,11 @@ def _measure(
             runs.append(Run(name, "failed", failures[f"variant {name}"]))
         else:
             runs.append(_judged(name, found[1], timings[f"variant {name}"], num_bytes, roof))
-    ways = {n.removeprefix("floor "): t for n, t in timings.items() if n.startswith("floor ")}
-    best = min(ways, key=lambda way: ways[way].us, default=None)
-    return Measured(
-        case,
-        num_bytes,
-        len(sets),
-        tuple(runs),
-        None if best is None else Floor(best, ways[best]),
-    )
+    floors = [
+        Floor(n.removeprefix("floor "), t) for n, t in timings.items() if n.startswith("floor ")
+    ]
+    best = min(floors, key=lambda found: found.timing.us, default=None)
+    return Measured(case, num_bytes, len(sets), tuple(runs), best)
 
 
 def _prepare(

@@ -9,7 +9,7 @@ from kernelhub.cli._output import say, show, table, text, titled
 
 
 def print_report(report: dict[str, Any]) -> None:
-    floor = "x read" if report["roof"] is None else "x floor"
+    floor = "x read" if report["device"]["type"] == "cpu" else "x floor"
     numbers = ("us", "+-", "GB/s", floor, "x first")
     who = "tile" if "tiles" in report else "backend"
     rows = table("op, case", who, *numbers, numbers=numbers)
@@ -50,7 +50,7 @@ def _notes(report: dict[str, Any]) -> None:
     if roof is not None:
         say(f"roof: read {roof['read_gbs']:.0f} GB/s, copy {roof['copy_gbs']:.0f} GB/s", "dim")
     if ways:
-        what = "read" if roof is None else "floor"
+        what = "read" if report["device"]["type"] == "cpu" else "floor"
         say(
             f"{what}: the fastest of torch's ways to move the same bytes ({', '.join(ways)})", "dim"
         )
