@@ -111,7 +111,7 @@ def test_an_impossible_figure_is_flagged(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(runs, "measure_roof", lambda *_, **__: Roof(read=1.0, copy=2.0))
     shown, report = bench(tmp_path, "--backend", "reference", code=1)
     assert "is above the roof of 0 GB/s" in report["results"][0]["fault"]
-    assert report["problems"] == ["1 figures are impossible"] and not report["ok"]
+    assert report["problems"] == ["1 of 1 figures are impossible"] and not report["ok"]
     assert f"! {OP} H=64 T=2 bf16 on reference:" in shown
 
 
@@ -194,7 +194,7 @@ def test_a_broken_device_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.Case, "sets", fail)
     report = run_json_bench("--backend", "reference", code=1)
     assert report["results"][0]["reason"] == "RuntimeError: illegal memory access"
-    assert report["problems"] == ["1 runs failed", "nothing was timed"]
+    assert report["problems"] == ["1 of 1 runs failed", "nothing was timed"]
 
 
 def test_a_way_to_read_that_torch_lacks_is_left_out(

@@ -69,7 +69,10 @@ _FLOATS = tuple(inputs.DTYPES)
 
 KINDS = {
     "fused_gemv": Kind(
-        *(inputs.fused_gemv, "M", {"N": int, "K": int, "act": "none"}, _WEIGHTS),
+        inputs.fused_gemv,
+        "M",
+        {"N": int, "K": int, "act": "none"},
+        _WEIGHTS,
         {"act": ("none", "swiglu", "silu", "gelu", "gelu_tanh")},
         of_model=_gemv_layers,
     ),
@@ -98,7 +101,10 @@ KINDS = {
         of_model=_heads,
     ),
     "fused_mul_add": Kind(
-        *(inputs.fused_mul_add, "T", {"H": int}, _FLOATS),
+        inputs.fused_mul_add,
+        "T",
+        {"H": int},
+        _FLOATS,
         of_model=lambda m: {"": {"H": m.hidden}},
     ),
 }

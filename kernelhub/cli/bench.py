@@ -194,8 +194,8 @@ def _timed(
 def _verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
     failed = sum(row["status"] == "failed" for row in results)
     faulty = sum(bool(row["fault"]) for row in results)
-    problems = [f"{failed} runs failed"] if failed else []
-    problems += [f"{faulty} figures are impossible"] if faulty else []
+    problems = [f"{failed} of {len(results)} runs failed"] if failed else []
+    problems += [f"{faulty} of {len(results)} figures are impossible"] if faulty else []
     problems += [] if any(row["status"] == "timed" for row in results) else ["nothing was timed"]
     return {"ok": not problems, "problems": problems}
 
@@ -228,11 +228,11 @@ def _tuned(
     if len(names) != 1 or output is None:
         raise Refused("--tune needs one --backend and --output FILE")
     groups = tune.by_class(found)
+    head = {**_head(device, rounds), "backend": names[0], "arch": _arch(names[0], device)}
     choices = [
         tune.tune(op, shape_class, groups[op, shape_class], names[0], device, rounds, graphs)
         for op, shape_class in followed([(f"{op} {cls}", (op, cls)) for op, cls in groups])
     ]
-    head = {**_head(device, rounds), "backend": names[0], "arch": _arch(names[0], device)}
     write_file(output, json.dumps(tune.document(choices, head), indent=1) + "\n")
     results = [row for choice in choices for m in choice.measured for row in rows_of(m)]
     chosen = [

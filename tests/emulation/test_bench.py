@@ -15,11 +15,9 @@ def test_backends_on_a_musa_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(stream, "ROOF_BYTES", 2**16)
     monkeypatch.setattr(inputs, "ROTATED_BYTES_ELSEWHERE", 4096)
     path = tmp_path / "out.json"
-    run(
-        *("bench", "--op", "fused_mul_add", "--shape", "H=256", "--rows", "2", "--rounds", "2"),
-        *("--device", "musa:1", "--backend", "musa", "--backend", "reference"),
-        *("--json", str(path)),
-    )
+    what = ("--op", "fused_mul_add", "--shape", "H=256", "--rows", "2", "--rounds", "2")
+    where = ("--device", "musa:1", "--backend", "musa", "--backend", "reference")
+    run("bench", *what, *where, "--json", str(path))
     report = json.loads(path.read_text())
     assert report["device"] == {"type": "musa", "name": "Emulated MTT S4000"}
     assert report["roof"]["read_gbs"] > 0
@@ -33,10 +31,8 @@ def test_backends_on_a_musa_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("device", "arch"), [("musa:0", "mp_31"), ("musa:1", "mp_22")])
 def test_the_report_names_the_library(device: str, arch: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    run(
-        *("check", "--op", "fused_mul_add", "--case", "tail-9-*", "--backend", "musa"),
-        *("--device", device, "--report", str(path)),
-    )
+    what = ("--op", "fused_mul_add", "--case", "tail-9-*")
+    run("check", *what, "--backend", "musa", "--device", device, "--report", str(path))
     report = json.loads(path.read_text())
     (backend,) = report["backends"]
     assert (backend["arch"], backend["library"]) == (arch, "")
