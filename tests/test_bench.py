@@ -137,6 +137,15 @@ def test_a_backend_that_declines_is_listed_with_its_reason(
     assert wanted in shown
 
 
+def test_no_inputs_are_made_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(runs, "_measure", lambda *_: made.append("inputs"))
+    (case,) = cases.collect([OP], [], ["H=64"], [1], None)
+    measured = runs.measure(case, [runs.Variant("c", "cuda"), runs.Variant("m", "musa")], CPU)
+    assert [r.status for r in measured.runs] == ["declined"] * 2
+    assert made == []
+
+
 def test_nothing_to_time_is_a_no(tmp_path: Path) -> None:
     _, report = bench(tmp_path, "--backend", "cuda", code=1)
     assert "on cpu" in report["results"][0]["reason"]

@@ -16,6 +16,7 @@ from kernelhub.bench import inputs
 from kernelhub.bench.inputs import Calls, Facts, Maker
 from kernelhub.bench.models import MODELS, Model
 from kernelhub.errors import KernelhubError, nearest
+from kernelhub.spec import TensorDesc
 
 MOST_SETS = 48
 LARGEST = 2**24  # of any size
@@ -149,6 +150,18 @@ class Case:
         """Bytes that a set's calls must move."""
         spec = registry.spec(self.op)
         return sum(spec.cost(spec.bind(**call)).bytes for call in calls)
+
+    def described(self, device: torch.device) -> Calls:
+        """A set's calls with descriptions in the place of tensors."""
+        return [
+            {
+                name: TensorDesc(tuple(v.shape), v.dtype, device, v.stride())
+                if isinstance(v, Tensor)
+                else v
+                for name, v in call.items()
+            }
+            for call in next(self._endless(torch.device("meta"), 0))
+        ]
 
     def check(self) -> None:
         """Raise `ArgumentError` or `CaseError` for a call that the op refuses."""

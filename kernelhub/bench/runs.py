@@ -106,25 +106,43 @@ def measure(
     """Time one case: all variants and the floor interleaved."""
     timer = clock.clock_of(device, graphs)
     try:
+        declined = _declined(case, variants, device)
         needed, limit = case.memory_bytes(rotated_bytes(device)), memory_limit(device)
         if needed > limit:
             reason = f"needs {needed / 1e9:.2f} GB of {device}, which has {limit / 1e9:.2f} GB left"
-            return _all_without(case, variants, "declined", reason)
+            declined = {v.name: Run(v.name, "declined", reason) for v in variants} | declined
+        if len(declined) == len(variants):  # nobody needs the inputs
+            return Measured(case, 0, 0, tuple(declined[v.name] for v in variants), None)
         with torch.no_grad():
-            return _measure(case, variants, device, timer, roof, rounds, floor)
+            return _measure(case, variants, declined, device, timer, roof, rounds, floor)
     except Exception as error:  # no inputs, or a device that an earlier kernel broke
-        return _all_without(case, variants, "failed", f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        failed = tuple(Run(v.name, "failed", reason) for v in variants)
+        return Measured(case, 0, 0, failed, None)
     finally:
         timer.release()
 
 
-def _all_without(case: Case, variants: Sequence[Variant], status: str, reason: str) -> Measured:
-    return Measured(case, 0, 0, tuple(Run(v.name, status, reason) for v in variants), None)
+def _declined(case: Case, variants: Sequence[Variant], device: torch.device) -> dict[str, Run]:
+    """The variants whose backend says that it cannot run the case."""
+    found = {}
+    for variant in variants:
+        for call in case.described(device):
+            if _entry(case.op, variant.backend, call) is None:
+                reason = why_not(case.op, variant.backend, call)
+                found[variant.name] = Run(variant.name, "declined", reason)
+                break
+    return found
+
+
+def _entry(op: str, backend: str, call: dict[str, Any]) -> registry.Entry | None:
+    return entry_for(op, backend, registry.spec(op).bind(**call))
 
 
 def _measure(
     case: Case,
     variants: Sequence[Variant],
+    declined: dict[str, Run],
     device: torch.device,
     timer: Clock,
     roof: Roof | None,
@@ -136,7 +154,7 @@ def _measure(
     num_bytes = sum(map(case.cost, sets)) // len(sets)
     prepared: dict[str, Run | tuple[Sampler, str]] = {}
     for variant in variants:
-        prepared[variant.name] = _prepare(case, variant, sets, timer)
+        prepared[variant.name] = declined.get(variant.name) or _prepare(case, variant, sets, timer)
     samplers = {f"variant {n}": p[0] for n, p in prepared.items() if isinstance(p, tuple)}
     if floor and samplers:
         ways = _streams(num_bytes, device, budget, timer)
@@ -162,11 +180,7 @@ def _prepare(
 ) -> Run | tuple[Sampler, str]:
     """What samples a variant and how, or why it cannot be timed."""
     name, backend = variant.name, variant.backend
-    spec = registry.spec(case.op)
-    entries = [entry_for(case.op, backend, spec.bind(**call)) for call in sets[0]]
-    for call, entry in zip(sets[0], entries, strict=True):
-        if entry is None:
-            return Run(name, "declined", why_not(case.op, backend, call))
+    entries = [_entry(case.op, backend, call) for call in sets[0]]
     graph_safe = all(entry.implementation.traits.graph_safe for entry in entries if entry)
     function = get(case.op).on(backend)
     try:
