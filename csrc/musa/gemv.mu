@@ -21,33 +21,40 @@ namespace {
 
 // ---- tile shape -------------------------------------------------------------------------------
 
-constexpr int kLineBytes = 128;          // of operands, in shared memory, that make a slice
-constexpr int kPadBytes = 16;            // rows of a tile begin on different banks
+constexpr int kPadBytes = 16;  // rows of a tile begin on different banks
 constexpr int kLanes = 32;
-constexpr int kPlaces = 256;             // of topk_ids that blocks search for their expert
+constexpr int kPlaces = 256;   // of topk_ids that blocks search for their expert
 
-template <class T, int kSchemeOf, bool kFp8X>
+// kLineBytes of operands in shared memory, 128 or 256, make a row's part of a slice.
+template <class T, int kSchemeOf, bool kFp8X, int kLineBytes>
 struct FormatOf {
   using Operand = T;
   static constexpr int kScheme = kSchemeOf;
   static constexpr bool kXIsFp8 = kFp8X;
   static constexpr int kSlice = kLineBytes / sizeof(T);  // elements of K
   static constexpr int kStride = kSlice + kPadBytes / sizeof(T);
-  static constexpr int kRowVectors =  // 16-byte vectors of codes that a row has in a slice
-      kScheme == kDense ? 8 : kScheme == kFp8 ? 4 : 2;
-  static constexpr int kVectors = kTile * kRowVectors / kLanes;  // of a lane, for 16 rows
-  static constexpr int kDepth = kScheme == kInt4 ? 4 : 2;        // slices in a unit
-  static constexpr int kXRowVectors = kXIsFp8 ? 4 : 8;
+  static constexpr int kShare = kScheme == kDense ? 1 : kScheme == kFp8 ? 2 : 4;  // codes' bytes
+  static constexpr int kRowVectors = kLineBytes / kVectorBytes / kShare;  // of codes, in a slice
+  // A load of 32 lanes takes as many vectors of a row as leave the banks free when they are stored
+  // decoded, from 4, 8 or 16 rows.
+  static constexpr int kRowLanes = 8 / kShare;
+  static constexpr int kRowsALoad = kLanes / kRowLanes;
+  static constexpr int kRowLoads = kTile / kRowsALoad;
+  static constexpr int kParts = kRowVectors / kRowLanes;
+  static constexpr int kDepth = kShare;  // slices in flight
+  static constexpr int kXRowVectors = kRowVectors * kShare / (kXIsFp8 ? 2 : 1);
   static constexpr int kXVectors = kTile * kXRowVectors / kLanes;
 };
+
+constexpr int kSegment = 32;  // elements of K; the least size of a group
+constexpr int kMaxSegments = 4;
 
 template <class F, int kRowTiles>
 struct alignas(32) WarpTiles {
   typename F::Operand rows[kRowTiles * kTile * F::kStride];
   typename F::Operand columns[kTile * F::kStride];
-  // Of the two halves of a slice, which lie in different groups where groups have 32 elements.
-  float row_scale[2][kRowTiles * kTile];
-  float column_scale[2][kTile];
+  float row_scale[kMaxSegments][kRowTiles * kTile];  // at the end of a segment of a slice
+  float column_scale[kMaxSegments][kTile];
 };
 
 // ---- loads ------------------------------------------------------------------------------------
@@ -144,10 +151,13 @@ __device__ __forceinline__ uint32_t pair_of(int v) {
 }
 
 // 8 nibbles to pairs (0, 4) (1, 5) (2, 6) (3, 7) of nibble + base - offset - zero, which is exact.
+// The base is the operand of that name, from memory: the compiler joins two steps where it cannot
+// know both constants.
 template <class T, bool kZeros>
-__device__ __forceinline__ uint4 decode_int4(uint32_t q, uint32_t offset, uint32_t zero) {
+__device__ __forceinline__ uint4 decode_int4(uint32_t q, uint32_t base, uint32_t offset,
+                                             uint32_t zero) {
   const auto pair = [&](int i) {
-    const uint32_t v = Pairs<T>::subtract((q >> (4 * i) & 0x000f000fu) | Pairs<T>::kBase, offset);
+    const uint32_t v = Pairs<T>::subtract((q >> (4 * i) & 0x000f000fu) | base, offset);
     return kZeros ? Pairs<T>::subtract(v, zero) : v;
   };
   return make_uint4(pair(0), pair(1), pair(2), pair(3));
@@ -155,17 +165,19 @@ __device__ __forceinline__ uint4 decode_int4(uint32_t q, uint32_t offset, uint32
 
 // 32 nibbles; the zero is 8 where there is no table of them.
 template <class T>
-__device__ __forceinline__ void store_int4(T* to, const uint4& v, bool zeros, int zero) {
+__device__ __forceinline__ void store_int4(T* to, const uint4& v, uint32_t base, bool zeros,
+                                           int zero) {
   const uint32_t q[4] = {v.x, v.y, v.z, v.w};
   uint4* vectors = reinterpret_cast<uint4*>(to);
   if (zeros) {
     const uint32_t subtrahend = pair_of<T>(zero);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      vectors[i] = decode_int4<T, true>(q[i], Pairs<T>::kBase, subtrahend);
+      vectors[i] = decode_int4<T, true>(q[i], base, Pairs<T>::kBase, subtrahend);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) vectors[i] = decode_int4<T, false>(q[i], Pairs<T>::kBaseAndEight, 0);
+    for (int i = 0; i < 4; ++i)
+      vectors[i] = decode_int4<T, false>(q[i], base, Pairs<T>::kBaseAndEight, 0);
   }
 }
 
@@ -363,8 +375,8 @@ __device__ __forceinline__ void finish(const Problem& p, int64_t tile, const flo
 
 // ---- kernel -----------------------------------------------------------------------------------
 
-// One warp's way through its slices of K: units of kDepth slices, a round of all warps apart. In
-// the even case rows are whole slices and everything moves in vectors: no loads are guarded.
+// One warp's way through its slices of K, every kWarps-th. In the even case rows are whole slices
+// and everything moves in vectors: no loads are guarded.
 template <class F, int kRowTiles, int kWarps, bool kEven>
 class Warp {
  public:
@@ -377,20 +389,18 @@ class Warp {
       : p_(p),
         tiles_(tiles),
         lane_(threadIdx.x % kLanes),
-        first_(warp * F::kDepth),
-        slices_(expert < p.num_experts ? (p.k + F::kSlice - 1) / F::kSlice : 0),
-        group_a_slice_(p.group_shift <= 6),
-        group_a_pair_(p.group_shift == 7) {
+        first_(warp),
+        slices_(expert < p.num_experts ? (p.k + F::kSlice - 1) / F::kSlice : 0) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-      for (int i = 0; i < F::kVectors; ++i) {
+      for (int i = 0; i < F::kRowLoads; ++i) {
         row_[r][i] = p.weight.data + expert * p.weight.expert_stride +
                      weight_row<kRowTiles * kTile>(p, tile, local_row(r, i)) * p.weight.row_stride;
-        if constexpr (kEven) row_[r][i] += vector_of(first_) * kVectorBytes;
+        if constexpr (kEven) row_[r][i] += vector_of(first_, 0) * kVectorBytes;
       }
 #pragma unroll
-    for (int d = 0; d < F::kDepth; ++d) load_rows(first_, d);
+    for (int d = 0; d < F::kDepth; ++d) load_rows(first_ + d * kWarps, d);
     if constexpr (F::kScheme != kDense) {
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
@@ -413,214 +423,230 @@ class Warp {
                                       Products<T> (&total)[kRowTiles]) {
     columns_ = columns;
     count_ = count;
-#pragma unroll
-    for (int i = 0; i < F::kXVectors; ++i) x_row_[i] = columns[x_column(i)].x;
-    load_x(first_);
-    load_scales(first_, 0, true);
     Products<T>::places(places_, reinterpret_cast<float*>(tiles_.rows));
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      total[r].clear();
-      group_[r].clear();
-    }
+    for (int r = 0; r < kRowTiles; ++r) total[r].clear();
     // All warps go round equally often: __syncwarp is for more than 32 lanes where warps are wide.
-    constexpr int kRound = kWarps * F::kDepth;
-    for (int unit = first_; unit < slices_ + first_; unit += kRound) {
+    for (int round = 0; round < slices_; round += kWarps * F::kDepth) {
 #pragma unroll
       for (int d = 0; d < F::kDepth; ++d) {
-        const bool active = unit + d < slices_;
-        const int after = d + 1 < F::kDepth ? unit + d + 1 : unit + kRound;
+        const int slice = first_ + round + d * kWarps;
+        const bool active = slice < slices_;
         if (active) {
-          stage(d, starts_group(d, unit == first_));
-          load_rows(unit + kRound, d);
-          load_x(after);
-          load_scales(after, (d + 1) % F::kDepth, false);
+          stage(slice, d);
+          load_rows(slice + kWarps * F::kDepth, d);
         }
         __syncwarp();
-        if (active) multiply(d, after >= slices_, total);
+        if (active) multiply(total);
         __syncwarp();
       }
     }
   }
 
  private:
-  // The row, within the tile, of a lane's vector.
+  // The row, within the tile, of a lane's vectors.
   __device__ __forceinline__ int local_row(int r, int i) const {
-    return r * kTile + i * (kLanes / F::kRowVectors) + lane_ / F::kRowVectors;
+    return r * kTile + i * F::kRowsALoad + lane_ / F::kRowLanes;
   }
 
-  __device__ __forceinline__ int64_t vector_of(int slice) const {
-    return slice * F::kRowVectors + lane_ % F::kRowVectors;
+  // The number, within the row of a slice, of a lane's vector.
+  __device__ __forceinline__ int local_vector(int part) const {
+    return part * F::kRowLanes + lane_ % F::kRowLanes;
   }
 
-  // The column of a lane's vector. Those that are not there repeat the last: none sees another.
-  __device__ __forceinline__ int x_column(int i) const {
-    const int column = (lane_ + i * kLanes) / F::kXRowVectors;
-    return column < count_ ? column : count_ - 1;
+  __device__ __forceinline__ int64_t vector_of(int slice, int part) const {
+    return slice * F::kRowVectors + local_vector(part);
   }
 
-  // Whether any of the columns of a vector are there.
-  __device__ __forceinline__ bool x_needed(int i) const {
-    return i * kLanes / F::kXRowVectors < count_;
-  }
-
-  // Whether other scales hold for slice d of a unit than for the one before. Groups of 128 take
-  // two slices, and units begin with a group.
-  __device__ __forceinline__ bool starts_group(int d, bool first) const {
-    return group_a_slice_ || (d % 2 == 0 && (group_a_pair_ || (d == 0 && first)));
-  }
-
-  // The second half of the last slice may lie past the last group.
-  __device__ __forceinline__ int64_t group_of(int k) const {
+  // The last segments of the last slice may lie past the last group.
+  __device__ __forceinline__ int group_of(int slice, int segment) const {
+    const int k = slice * F::kSlice + segment * kSegment;
     return (k < p_.k ? k : p_.k - 1) >> p_.group_shift;
   }
 
-  // Slice d of a unit. In the even case rows stand at the unit that is loaded next.
-  __device__ __forceinline__ void load_rows(int unit, int d) {
-    if (unit + d < slices_) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int i = 0; i < F::kVectors; ++i)
-          if constexpr (kEven)
-            codes_[d][r][i] = *reinterpret_cast<const uint4*>(row_[r][i] +
-                                                              d * F::kRowVectors * kVectorBytes);
-          else
-            codes_[d][r][i] =
-                load_vector(p_.weight, row_[r][i], static_cast<int>(vector_of(unit + d)));
-    }
-    if constexpr (kEven) {
-      if (d + 1 == F::kDepth) {
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-          for (int i = 0; i < F::kVectors; ++i)
-            row_[r][i] += kWarps * F::kDepth * F::kRowVectors * kVectorBytes;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load_x(int slice) {
+  // In the even case rows stand at the slice that is loaded next.
+  __device__ __forceinline__ void load_rows(int slice, int d) {
     if (slice >= slices_) return;
-    const int index = slice * F::kXRowVectors + lane_ % F::kXRowVectors;
-#pragma unroll
-    for (int i = 0; i < F::kXVectors; ++i)
-      if (x_needed(i)) {
-        if constexpr (kEven)
-          x_[i] = *reinterpret_cast<const uint4*>(x_row_[i] + index * int64_t{kVectorBytes});
-        else
-          x_[i] = load_vector(p_.x, x_row_[i], index);
-      }
-  }
-
-  // Scales and zeros of a slice, which is slice d of its unit, where they are not the last one's.
-  __device__ __forceinline__ void load_scales(int slice, int d, bool first) {
-    if constexpr (F::kScheme != kDense) {
-      if (slice >= slices_ || !starts_group(d, first)) return;
-      const int64_t group = group_of(slice * F::kSlice + lane_ / kTile * (F::kSlice / 2));
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-        scale_now_[r] = scale_at<F::kScheme == kFp8>(
-            p_.weight_scale, scale_[r] + group * p_.weight_scale.group_stride);
-      if constexpr (F::kXIsFp8) {
-        const int column = lane_ % kTile < count_ ? lane_ % kTile : count_ - 1;
-        x_scale_now_ = scale_at<true>(p_.x_scale, columns_[column].x_row * p_.x_scale.row_stride +
-                                                      group * p_.x_scale.group_stride);
-      }
-      if constexpr (F::kScheme == kInt4) {
-        if (p_.weight_zero.data == nullptr) return;
-        const int64_t of_codes = group_of(slice * F::kSlice + lane_ % 2 * (F::kSlice / 2));
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r)
-          zero_now_[r] = static_cast<const uint8_t*>(
-              p_.weight_zero.data)[zero_[r] + of_codes * p_.weight_zero.group_stride];
-      }
-    }
-  }
-
-  // From registers to shared memory, decoded.
-  __device__ __forceinline__ void stage(int d, bool scales) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-      for (int i = 0; i < F::kVectors; ++i) {
-        T* to = tiles_.rows + local_row(r, i) * F::kStride +
-                lane_ % F::kRowVectors * (F::kSlice / F::kRowVectors);
-        if constexpr (F::kScheme == kDense)
-          *reinterpret_cast<uint4*>(to) = codes_[d][r][i];
-        else if constexpr (F::kScheme == kFp8)
-          store_fp8(to, codes_[d][r][i]);
-        else
-          store_int4(to, codes_[d][r][i], p_.weight_zero.data != nullptr, zero_now_[r]);
+      for (int i = 0; i < F::kRowLoads; ++i) {
+#pragma unroll
+        for (int part = 0; part < F::kParts; ++part)
+          if constexpr (kEven)
+            codes_[d][r][i][part] = *reinterpret_cast<const uint4*>(
+                row_[r][i] + part * F::kRowLanes * kVectorBytes);
+          else
+            codes_[d][r][i][part] =
+                load_vector(p_.weight, row_[r][i], static_cast<int>(vector_of(slice, part)));
+        if constexpr (kEven) row_[r][i] += kWarps * F::kRowVectors * kVectorBytes;
       }
+  }
+
+  // From registers and, for the columns, memory to shared memory, decoded. What comes from memory
+  // is asked for first and stored last.
+  __device__ __forceinline__ void stage(int slice, int d) {
+    constexpr int kAtOnce = F::kXVectors < 4 ? F::kXVectors : 4;
+    uint4 x[kAtOnce];
+    load_columns<kAtOnce>(x, slice, 0);
+    Scales scales;
+    if constexpr (F::kScheme != kDense) load_scales(scales, slice, kBetween - 1);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < F::kRowLoads; ++i)
+#pragma unroll
+        for (int part = 0; part < F::kParts; ++part) {
+          T* to = tiles_.rows + local_row(r, i) * F::kStride +
+                  local_vector(part) * (F::kSlice / F::kRowVectors);
+          const uint4& v = codes_[d][r][i][part];
+          if constexpr (F::kScheme == kDense)
+            *reinterpret_cast<uint4*>(to) = v;
+          else if constexpr (F::kScheme == kFp8)
+            store_fp8(to, v);
+          else
+            store_int4(to, v, p_.int4_base, p_.weight_zero.data != nullptr,
+                       zero_at(slice, r, part));
+        }
+    store_columns<kAtOnce>(x, 0);
     if constexpr (F::kScheme != kDense) {
-      if (scales) {
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r)
-          tiles_.row_scale[lane_ / kTile][r * kTile + lane_ % kTile] = scale_now_[r];
-        if constexpr (F::kXIsFp8) tiles_.column_scale[lane_ / kTile][lane_ % kTile] = x_scale_now_;
+      store_scales(scales, kBetween - 1);
+      for (int s = 0; p_.group_shift == 5 && s + 1 < kBetween; ++s) {
+        load_scales(scales, slice, s);
+        store_scales(scales, s);
       }
     }
 #pragma unroll
-    for (int i = 0; i < F::kXVectors; ++i)
-      if (x_needed(i)) {
-        T* to = tiles_.columns + (lane_ + i * kLanes) / F::kXRowVectors * F::kStride +
-                lane_ % F::kXRowVectors * (F::kSlice / F::kXRowVectors);
-        if constexpr (F::kXIsFp8)
-          store_fp8(to, x_[i]);
-        else
-          *reinterpret_cast<uint4*>(to) = in_order_of<F::kScheme>(x_[i]);
+    for (int first = kAtOnce; first < F::kXVectors; first += kAtOnce)
+      if (first * kLanes / F::kXRowVectors < count_) {
+        load_columns<kAtOnce>(x, slice, first);
+        store_columns<kAtOnce>(x, first);
       }
   }
 
-  __device__ __forceinline__ void multiply(int d, bool last, Products<T> (&total)[kRowTiles]) {
+  // Vectors `first` and following of the columns' slice. Those of columns that are not there repeat
+  // the last column: none sees another.
+  template <int kCount>
+  __device__ __forceinline__ void load_columns(uint4 (&x)[kCount], int slice, int first) const {
+    const int index = slice * F::kXRowVectors + lane_ % F::kXRowVectors;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int least = (first + i) * kLanes / F::kXRowVectors;
+      if (least >= count_) break;
+      const int column = least + lane_ / F::kXRowVectors;
+      const uint8_t* row = columns_[column < count_ ? column : count_ - 1].x;
+      if constexpr (kEven)
+        x[i] = *reinterpret_cast<const uint4*>(row + index * int64_t{kVectorBytes});
+      else
+        x[i] = load_vector(p_.x, row, index);
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void store_columns(const uint4 (&x)[kCount], int first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int least = (first + i) * kLanes / F::kXRowVectors;
+      if (least >= count_) break;
+      T* to = tiles_.columns + (least + lane_ / F::kXRowVectors) * F::kStride +
+              lane_ % F::kXRowVectors * (F::kSlice / F::kXRowVectors);
+      if constexpr (F::kXIsFp8)
+        store_fp8(to, x[i]);
+      else
+        *reinterpret_cast<uint4*>(to) = in_order_of<F::kScheme>(x[i]);
+    }
+  }
+
+  // Half of the lanes has the rows' and columns' scales at the end of either half of a slice.
+  // Groups of 32 end between as well.
+  static constexpr int kBetween = F::kSlice / kSegment / 2;
+  struct Scales {
+    float row[kRowTiles], column;
+  };
+
+  __device__ __forceinline__ void load_scales(Scales& to, int slice, int s) const {
+    const int group = group_of(slice, lane_ / kTile * kBetween + s);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+      to.row[r] = scale_at<F::kScheme == kFp8>(
+          p_.weight_scale, scale_[r] + int64_t{group} * p_.weight_scale.group_stride);
+    if constexpr (F::kXIsFp8) {
+      const int column = lane_ % kTile < count_ ? lane_ % kTile : count_ - 1;
+      to.column = scale_at<true>(p_.x_scale, columns_[column].x_row * p_.x_scale.row_stride +
+                                                 int64_t{group} * p_.x_scale.group_stride);
+    }
+  }
+
+  __device__ __forceinline__ void store_scales(const Scales& from, int s) {
+    const int segment = lane_ / kTile * kBetween + s;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+      tiles_.row_scale[segment][r * kTile + lane_ % kTile] = from.row[r];
+    if constexpr (F::kXIsFp8) tiles_.column_scale[segment][lane_ % kTile] = from.column;
+  }
+
+  // A vector of int4 codes is a segment.
+  __device__ __forceinline__ int zero_at(int slice, int r, int part) const {
+    if (p_.weight_zero.data == nullptr) return 0;
+    return static_cast<const uint8_t*>(
+        p_.weight_zero.data)[zero_[r] + int64_t{group_of(slice, local_vector(part))} *
+                                            p_.weight_zero.group_stride];
+  }
+
+  __device__ __forceinline__ void multiply(Products<T> (&total)[kRowTiles]) const {
     constexpr int kSteps = F::kSlice / kTile;
+    if constexpr (F::kScheme == kDense) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Products<T>::add(F::kScheme == kDense ? total : group_, tiles_.rows + step * kTile,
-                       tiles_.columns + step * kTile, F::kStride, count_);
-      // Groups have 32 elements at least: they end in the middle of a slice or at its end.
-      if constexpr (F::kScheme != kDense) {
-        if (step == kSteps / 2 - 1 && p_.group_shift == 5) scale_group(0, total);
-        if (step == kSteps - 1 && (last || group_a_slice_ || (group_a_pair_ && d % 2 == 1)))
-          scale_group(1, total);
+      for (int step = 0; step < kSteps; ++step) add(step, total);
+    } else {
+      Products<T> group[kRowTiles];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) group[r].clear();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        add(step, group);
+        // A slice ends whatever its group does: the scale of both its parts is the same.
+        const bool ends = step + 1 == kSteps ||
+                          (step % 2 == 1 && p_.group_shift == 5) ||
+                          (step % 4 == 3 && p_.group_shift == 6);
+        if (step % 2 == 1 && ends) scale_group(step / 2, group, total);
       }
     }
   }
 
-  __device__ __forceinline__ void scale_group(int half, Products<T> (&total)[kRowTiles]) {
+  __device__ __forceinline__ void add(int step, Products<T> (&sums)[kRowTiles]) const {
+    Products<T>::add(sums, tiles_.rows + step * kTile, tiles_.columns + step * kTile, F::kStride,
+                     count_);
+  }
+
+  __device__ __forceinline__ void scale_group(int segment, Products<T> (&group)[kRowTiles],
+                                              Products<T> (&total)[kRowTiles]) const {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        float scale = tiles_.row_scale[half][r * kTile + places_.row[i]];
-        if constexpr (F::kXIsFp8) scale *= tiles_.column_scale[half][places_.column[i]];
-        total[r].at(i) = fmaf(scale, group_[r].at(i), total[r].at(i));
+        float scale = tiles_.row_scale[segment][r * kTile + places_.row[i]];
+        if constexpr (F::kXIsFp8) scale *= tiles_.column_scale[segment][places_.column[i]];
+        total[r].at(i) = fmaf(scale, group[r].at(i), total[r].at(i));
       }
-      group_[r].clear();
+      group[r].clear();
     }
   }
 
   const Problem& p_;
   Tiles& tiles_;
   const int lane_, first_, slices_;
-  const bool group_a_slice_, group_a_pair_;
   const Column* columns_;
   int count_;
   Places places_;
-  const uint8_t* row_[kRowTiles][F::kVectors];
-  const uint8_t* x_row_[F::kXVectors];
+  const uint8_t* row_[kRowTiles][F::kRowLoads];
   int64_t scale_[kRowTiles], zero_[kRowTiles];
-  uint4 codes_[F::kDepth][kRowTiles][F::kVectors];
-  uint4 x_[F::kXVectors];
-  float scale_now_[kRowTiles], x_scale_now_ = 0.f;
-  int zero_now_[kRowTiles];
-  Products<T> group_[kRowTiles];
+  uint4 codes_[F::kDepth][kRowTiles][F::kRowLoads][F::kParts];
 };
 
 // Blocks of a multiprocessor that registers must do for.
 template <int kRowTiles, int kWarps>
-constexpr int kBlocks = (kRowTiles == 1 ? 20 : kRowTiles == 2 ? 16 : 8) / kWarps;
+constexpr int kBlocks = (kRowTiles == 1 ? 20 : 12) / kWarps;
 
 template <class F, int kRowTiles, int kWarps, bool kEven>
 __global__ void __launch_bounds__(kWarps* kLanes, kBlocks<kRowTiles, kWarps>) gemv_kernel(Problem p) {
@@ -684,7 +710,7 @@ int launch_tile(const Problem& p, stream_t stream) {
   return launch(gemv_kernel<F, kRowTiles, kWarps, kEven>, grid, dim3(kWarps * kLanes), kBytes, stream, p);
 }
 
-// Uneven rows get the tile of fewest rows; the warps, whose sums are added, are the same.
+// Uneven rows get the tile of fewest rows; what a sum's order depends on is the same.
 template <class F, int kRowTiles, int kWarps>
 int32_t choose_loads(const Problem& p, stream_t stream) {
   const bool even = p.weight.access_bytes == kVectorBytes && p.x.access_bytes == kVectorBytes &&
@@ -694,17 +720,18 @@ int32_t choose_loads(const Problem& p, stream_t stream) {
 }
 
 // In the order of `GEMV_TILES` in kernelhub/backends/native/tiles.py.
-template <class F>
-int32_t choose_tile(const Problem& p, int64_t tile, stream_t stream) {
+template <class T, int kScheme, bool kFp8X = false>
+int32_t choose_tile(Problem& p, int64_t tile, stream_t stream) {
+  if constexpr (kScheme == kInt4) p.int4_base = Pairs<T>::kBase;
   switch (tile) {
     case 0:
-      return choose_loads<F, 1, 4>(p, stream);
+      return choose_loads<FormatOf<T, kScheme, kFp8X, 256>, 1, 4>(p, stream);
     case 1:
-      return choose_loads<F, 1, 8>(p, stream);
+      return choose_loads<FormatOf<T, kScheme, kFp8X, 128>, 1, 8>(p, stream);
     case 2:
-      return choose_loads<F, 2, 4>(p, stream);
+      return choose_loads<FormatOf<T, kScheme, kFp8X, 256>, 2, 2>(p, stream);
     case 3:
-      return choose_loads<F, 3, 4>(p, stream);
+      return choose_loads<FormatOf<T, kScheme, kFp8X, 128>, 2, 4>(p, stream);
     default:
       return fail(kBadArgument, "'tile': there is no tile %lld", static_cast<long long>(tile));
   }
@@ -712,24 +739,24 @@ int32_t choose_tile(const Problem& p, int64_t tile, stream_t stream) {
 
 }  // namespace
 
-int32_t run(const Problem& p, Format format, int64_t tile, stream_t stream) {
+int32_t run(Problem p, Format format, int64_t tile, stream_t stream) {
   switch (format) {
     case kF32:
-      return choose_tile<FormatOf<float, kDense, false>>(p, tile, stream);
+      return choose_tile<float, kDense>(p, tile, stream);
     case kF16:
-      return choose_tile<FormatOf<half_t, kDense, false>>(p, tile, stream);
+      return choose_tile<half_t, kDense>(p, tile, stream);
     case kBf16:
-      return choose_tile<FormatOf<bf16_t, kDense, false>>(p, tile, stream);
+      return choose_tile<bf16_t, kDense>(p, tile, stream);
     case kF16Fp8:
-      return choose_tile<FormatOf<half_t, kFp8, false>>(p, tile, stream);
+      return choose_tile<half_t, kFp8>(p, tile, stream);
     case kBf16Fp8:
-      return choose_tile<FormatOf<bf16_t, kFp8, false>>(p, tile, stream);
+      return choose_tile<bf16_t, kFp8>(p, tile, stream);
     case kFp8Fp8:
-      return choose_tile<FormatOf<bf16_t, kFp8, true>>(p, tile, stream);
+      return choose_tile<bf16_t, kFp8, true>(p, tile, stream);
     case kF16Int4:
-      return choose_tile<FormatOf<half_t, kInt4, false>>(p, tile, stream);
+      return choose_tile<half_t, kInt4>(p, tile, stream);
     case kBf16Int4:
-      return choose_tile<FormatOf<bf16_t, kInt4, false>>(p, tile, stream);
+      return choose_tile<bf16_t, kInt4>(p, tile, stream);
   }
   return fail(kBadArgument, "there is no kernel for these dtypes");
 }

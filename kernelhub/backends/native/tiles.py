@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-GEMV_TILES = ("r16w4", "r16w8", "r32w4", "r48w4")
+GEMV_TILES = ("r16w4", "r16w8", "r32w2", "r32w4")
 """`r` rows of the weight to a block of `w` warps; in the order of csrc/musa/gemv.mu."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}

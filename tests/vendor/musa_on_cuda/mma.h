@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include_next <mma.h>
-
 #include "../../../csrc/vendor/cuda/matrix.h"
 
 namespace mtmusa {
