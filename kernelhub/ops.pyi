@@ -278,6 +278,8 @@ class _top_k_top_p_sampling_from_probs(_Op, Protocol):
 
         Supported:
             reference: any device
+            cuda, musa: devices of their own
+            simt: CPU tensors, for tests
 
         Cost: reads the sampled rows once, writes the tokens; 2 operations a probability.
         Definition: u is the first two words of Philox4x32-10 (Salmon et al., SC 2011), low word first,

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 mul_add = kernelhub.ops.fused_mul_add
 rotary = kernelhub.ops.rotary_embedding
+sampling = kernelhub.ops.top_k_top_p_sampling_from_probs
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,24 @@ def test_a_graph_replays_with_new_inputs() -> None:
         assert torch.equal(arguments["query"], expected["query"])
         assert torch.equal(arguments["key"], expected["key"])
         assert torch.equal(result, mul_add(x, bias, 2.5))
+
+
+@pytest.mark.parametrize(("rows", "vocab_size"), [(2, 50257), (40, 3001)])
+def test_a_graph_samples_anew(rows: int, vocab_size: int) -> None:
+    """With new probabilities and the next offset, in both shapes of launches."""
+    probs = torch.rand(rows, vocab_size, device="cuda")
+    seed, offset = torch.tensor([7], device="cuda"), torch.tensor([0], device="cuda")
+    call = {"top_k": 1000, "top_p": 0.9, "seed": seed, "offset": offset}
+    sampling(probs, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = sampling(probs, **call)
+    for step in range(5):
+        probs.uniform_()
+        offset.fill_(step)
+        graph.replay()
+        with kernelhub.use("reference"):
+            assert torch.equal(tokens, sampling(probs, **call))
 
 
 def test_the_current_stream_is_used() -> None:

@@ -19,11 +19,16 @@ from kernelhub.backends.native import abi, build
 from kernelhub.backends.native.kernels import Kernels
 from kernelhub.backends.native.platform import SIMT, Platform, csrc
 from kernelhub.testing import run_case
-from tests.mutants import Mutant, fused_mul_add, rotary_embedding
+from tests.mutants import (
+    Mutant,
+    fused_mul_add,
+    rotary_embedding,
+    top_k_top_p_sampling_from_probs,
+)
 
 MUTANTS = [
     (module.__name__.rpartition(".")[2], mutant)
-    for module in (fused_mul_add, rotary_embedding)
+    for module in (fused_mul_add, rotary_embedding, top_k_top_p_sampling_from_probs)
     for mutant in module.KERNEL_MUTANTS
 ]
 _IDS = [f"{op}-{mutant.name}" for op, mutant in MUTANTS]

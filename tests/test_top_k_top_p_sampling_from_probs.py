@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import kernelhub
+from kernelhub.backends.native import top_k_top_p_sampling_from_probs as native
+from kernelhub.backends.simt import backend as simt
 from kernelhub.contracts.top_k_top_p_sampling_from_probs import SPEC, VOCAB_LIMIT
 from kernelhub.contracts.top_k_top_p_sampling_from_probs import _uniform as uniform_in_python
-from kernelhub.errors import ArgumentError
-from kernelhub.spec import DeviceDesc, TensorDesc
+from kernelhub.errors import ArgumentError, KernelError
+from kernelhub.spec import Case, DeviceDesc, TensorDesc
+from kernelhub.testing import run_case
+from tests import exhaustive_sampling
 
 ORDERS = ("top_k_first", "joint")
+sampling = kernelhub.ops.top_k_top_p_sampling_from_probs
 
 
 def sample(probs: Tensor, top_k: Any = 0, top_p: Any = 1.0, **rest: Any) -> tuple[Tensor, Tensor]:
@@ -366,3 +372,86 @@ def test_checks_and_shapes_work_on_symbolic_sizes() -> None:
     )
     assert [desc.dtype for desc in seen] == [torch.int32, torch.bool]
     assert all(isinstance(desc.shape[0], torch.SymInt) for desc in seen)
+
+
+# The compiled kernel, on the emulator.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kernel_equals_the_reference_on_random_rows(seed: int) -> None:
+    compared, difference = exhaustive_sampling.compare("simt", "cpu", 300, seed)
+    assert difference is None
+    assert compared >= 300
+
+
+def test_random_rows_would_show_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples drawn from neighbouring streams differ, and are reported."""
+    call = {"probs": model_probs(0, 9, 500), "top_k": 0, "top_p": 1.0, "return_valid": True}
+    assert exhaustive_sampling.first_difference("simt", {**call, "seed": 5}) is None
+    exact = exhaustive_sampling.sample
+    seeds = iter((5, 6))
+    monkeypatch.setattr(
+        exhaustive_sampling, "sample", lambda **call: exact(**call, seed=next(seeds))
+    )
+    assert "samples differ" in (exhaustive_sampling.first_difference("simt", call) or "")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in SPEC.cases() if case.error is None and case.kind != "typical"][::6],
+    ids=lambda case: case.name,
+)
+def test_several_blocks_a_row_draw_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases of short rows, which a block has for itself otherwise."""
+    monkeypatch.setattr(native, "blocks_a_row", lambda batch_size, vocab_size: native.SPLIT)
+    outcome = run_case(SPEC.name, case, "simt")
+    assert outcome.status == "passed", outcome.message
+
+
+def test_kernel_on_the_largest_vocabulary() -> None:
+    """Sums of masses up to 2^63, many of them in one thread."""
+    probs = torch.ones(1, VOCAB_LIMIT - 1)
+    probs[:, : VOCAB_LIMIT // 2] = 2.0
+    call = {"indices": torch.zeros(2, dtype=torch.int64), "seed": 1}
+    drawn = []
+    for top_p in (0.49, 0.51):
+        with kernelhub.use("simt"):
+            drawn.append(sampling(probs, VOCAB_LIMIT - 2, top_p, **call))
+        assert torch.equal(drawn[-1], SPEC.reference(probs, VOCAB_LIMIT - 2, top_p, **call))
+    assert not torch.equal(*drawn)
+
+
+def test_kernel_draws_a_seed_as_the_reference_does() -> None:
+    probs = model_probs(4, 20, 1000)
+    drawn = []
+    for backend in ("reference", "simt"):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        with kernelhub.use(backend):
+            both = sampling(probs, 50, 0.9), sampling(probs, 50, 0.9, generator=generator)
+        drawn.append((*both, torch.get_rng_state(), generator.get_state()))
+    assert all(map(torch.equal, *drawn))
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "size", "message"),
+    [
+        (native.SPLIT, 2 * native.WORKSPACE_BYTES - 1, "workspace must have"),
+        (native.SPLIT, None, "workspace must have"),
+        (2, 2 * native.WORKSPACE_BYTES, "blocks_a_row"),
+    ],
+)
+def test_launcher_refuses(blocks: int, size: int | None, message: str) -> None:
+    """The size is that of the kernel: one byte less is too little, as many are enough."""
+    launcher = simt.kernels.library(None).launcher(SPEC.name, "cpu", lambda index: 0)
+    probs, tokens = model_probs(0, 2, 300), torch.zeros(2, dtype=torch.int32)
+
+    def run(blocks: int, size: int | None) -> None:
+        workspace = None if size is None else torch.zeros(size, dtype=torch.uint8)
+        launcher(probs, *[None] * 6, tokens, None, workspace, 5, 0.9, 0.0, 7, 0, False, blocks)
+
+    with pytest.raises(KernelError, match=message):
+        run(blocks, size)
+    run(native.SPLIT, 2 * native.WORKSPACE_BYTES)
+    assert torch.equal(tokens, SPEC.reference(probs, 5, 0.9, seed=7))

@@ -87,6 +87,8 @@ def top_k_top_p_sampling_from_probs(
 
     Supported:
         reference: any device
+        cuda, musa: devices of their own
+        simt: CPU tensors, for tests
 
     Cost: reads the sampled rows once, writes the tokens; 2 operations a probability.
     Definition: u is the first two words of Philox4x32-10 (Salmon et al., SC 2011), low word first,
@@ -391,6 +393,12 @@ def _exact() -> Iterator[Case]:
     yield case("ties-k-and-p", _of_mass([2, 5, 3, 0, 2, 3, 3]), draws=48, top_k=2, top_p=0.5)
     for min_p in (0.0, 0.25, 0.25 + 2.0**-25, 0.5, 1.0):
         yield case(f"min-p-{min_p:.8f}", _of_mass([4, 1, 3, 2, 4, 0]), draws=48, min_p=min_p)
+    similar = (1 + torch.arange(8) * 2.0**-12)[None] / 16  # within 1 in 256 of each other
+    yield case("min-p-among-close-values", similar, draws=48, top_k=6, min_p=1 - 2.0**-11)
+    one = torch.tensor([[1.0, 2.0**-10, 2.0**-10]], dtype=torch.bfloat16)
+    # Of these seeds' targets all lie above 1 / 1.00195: only the first value may be drawn.
+    yield case("share-of-one-bfloat16", one, top_p=0.998, seed=torch.tensor([39, 95, 377, 546]),
+               indices=torch.zeros(4, dtype=torch.int64))  # fmt: skip
     # The product in fp32 is a rounding away from the exact one, to either side.
     largest = torch.tensor([[3.0], [5.0], [7.0], [11.0], [1.0]])
     at = torch.tensor([_fp32(_fp32(0.1) * value) for value in largest[:, 0].tolist()])[:, None]
@@ -418,8 +426,43 @@ def _exact() -> Iterator[Case]:
     close += [6140338, 2716136, 5234994, 3516059, 2942477, 4003061]  # first
     yield case("target-next-to-a-boundary", uneven, seed=torch.tensor(close),
                indices=torch.zeros(12, dtype=torch.int32))  # fmt: skip
+    # More values than a kernel may care to list lie close to the threshold.
+    for order in ("top_k_first", "joint"):
+        yield case(f"crowded-{order}", _crowded, draws=4,
+                   top_k=torch.tensor([0, 6000, 7000, 4500, 5000]),
+                   top_p=torch.tensor([0.9, 0.8, 1.0, 0.3, 1e-5]),
+                   min_p=torch.tensor([0.0, 0.9992, 0.0, 0.9999, 0.0]),
+                   filter_apply_order=order)  # fmt: skip
+        yield case(f"long-rows-{order}", _long_rows,
+                   top_k=torch.tensor([50, 20000, 30000, 0, 0, 3000, 0, 9, 5]),
+                   top_p=torch.tensor([0.9, 0.6, 0.999, 1.0, 0.9, 0.8, 1.0, 0.9, 0.9]),
+                   min_p=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.3, 0.4, 0.0, 0.0, 0.0]),
+                   indices=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, 3, 5, 5]),
+                   filter_apply_order=order, return_valid=True)  # fmt: skip
+    yield case("long-rows-unfiltered", _long_rows, return_valid=True)
     yield case("masses-near-2^63", torch.ones(1, 20000), top_p=0.999, seed=-3,
                indices=torch.zeros(3, dtype=torch.int64))  # fmt: skip
+
+
+def _crowded(g: torch.Generator, vocab_size: int = 9000) -> Tensor:
+    """Nearly equal values, in the first row about a half; the last row has nine of them."""
+    probs = (1 + torch.rand(5, vocab_size, generator=g) * 1e-3) / vocab_size
+    probs[0] *= vocab_size / 2
+    probs[4] = probs[4, :9].repeat(vocab_size)[:vocab_size]
+    return probs
+
+
+def _long_rows(g: torch.Generator) -> Tensor:
+    """Rows of odd length, for several blocks each: ordinary, crowded, spikes, none and bad ones."""
+    vocab_size = 40001
+    probs = torch.zeros(9, vocab_size)
+    probs[:1] = _model_probs(g, 1, vocab_size)
+    probs[1:6] = _crowded(g, vocab_size)
+    probs[5] = torch.rand(vocab_size, generator=g) ** 9
+    probs[5, 30000], probs[6, -1] = 2.0, 1e-3
+    probs[7:] = _model_probs(g, 2, vocab_size, 1.0)
+    probs[7, 39000], probs[8, 17] = math.nan, -math.inf
+    return probs
 
 
 def _laid_out(

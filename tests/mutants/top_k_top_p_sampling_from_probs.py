@@ -69,3 +69,94 @@ MUTANTS = (
         "invalid-token-not-zero", "torch.where(valid, tokens, 0)", "torch.where(valid, tokens, -1)"
     ),
 )
+
+_SOURCE = "musa/top_k_top_p_sampling_from_probs.mu"
+
+
+def _fault(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, _SOURCE, old, new)
+
+
+KERNEL_MUTANTS = (
+    # Arguments.
+    _fault("top-k-of-one-is-off", "top_k > 0 && top_k <", "top_k > 1 && top_k <"),
+    _fault(
+        "share-of-23-bits",
+        "clamped(top_p) * kWholePortion",
+        "clamped(top_p * 0.9999999f) * kWholePortion",
+    ),
+    _fault("nan-share-accepted", "if (top_p != top_p || min_p != min_p) return -1;", ""),
+    _fault("index-unchecked-above", "row < 0 || row >= a.num_rows", "row < 0 || row > a.num_rows"),
+    _fault("stream-always-numbered", "a.one_stream ? 0 :", "false ? 0 :"),
+    _fault("column-stride-ignored", "? data[at * stride] : T{}", "? data[at] : T{}"),
+    # Masses and bounds.
+    _fault("mass-above-one", "if (bits >= kOne) return kWholeMass;", ""),
+    _fault("mass-rounded", "(mantissa << 20) >>", "((mantissa << 20) + (uint64_t{1} << 42)) >>"),
+    _fault("need-rounded-down", "(portion * low + 0xffffffu)", "(portion * low)"),
+    _fault("half-bins-taken-for-one-value", "kInBin<half_t> = 3u << 13", "kInBin<half_t> = 0"),
+    _fault(
+        "fp32-bins-taken-for-one-value", "kInBin<float> = (1u << kBinBits) - 1", "kInBin<float> = 0"
+    ),
+    _fault(
+        "all-of-one-as-the-bin-below", "bin == kBins - 1 ? kWholeMass :", "false ? kWholeMass :"
+    ),
+    _fault(
+        "order-swapped",
+        "return has_k() && has_p() && !joint;",
+        "return has_k() && has_p() && joint;",
+    ),
+    _fault("list-starts-at-top-k", "const Mark from = s.earliest.place", "const Mark from = kBins"),
+    _fault(
+        "earliest-bin-skipped",
+        "bin_floor(kBins - from.place);",
+        "bin_floor(kBins - 1 - from.place);",
+    ),
+    _fault("min-p-in-the-list-lost", "if (kept < plan.least) kept = plan.least;", ""),
+    _fault(
+        "min-p-above-the-list-lost", "if (kBins - 1 - bin_of(least) < from.place) return known;", ""
+    ),
+    # Lists.
+    _fault("infinity-accepted", "most >= kInfinity << 1", "most > kInfinity << 1"),
+    _fault("rank-one-off", "r.top_k - 1 - plan.above", "r.top_k - plan.above"),
+    _fault("sorted-halfway", "for (int run = 2; run <= size;", "for (int run = 2; run < size;"),
+    _fault(
+        "survivors-without-ties",
+        "if (bits >= kept) own_survivors",
+        "if (bits > kept) own_survivors",
+    ),
+    _fault("list-in-wrong-segment", "(index + row.lead) / Row<T>::kPack", "index / Row<T>::kPack"),
+    # The slow way.
+    _fault(
+        "ties-not-flushed",
+        "if (count > 0) add_exactly(s, bin, count, mass);\n    __syncthreads();",
+        "__syncthreads();",
+    ),
+    _fault(
+        "highest-limb-lost",
+        "limb < kLimbs - 1 ? rest & kLimbMask : rest",
+        "limb < kLimbs - 1 ? rest & kLimbMask : 0",
+    ),
+    _fault("narrow-forgets-min-p", "kept > plan->least ? kept : plan->least", "kept"),
+    _fault(
+        "narrow-by-top-k-alone",
+        "kept = select(row, by_count.bits, plan->high, kNoLimit, needed, s).bits;",
+        "kept = needed > 0 ? by_count.bits : 0;",
+    ),
+    # The draw.
+    _fault("token-one-early", "if (one > left) {", "if (one >= left) {"),
+    _fault("philox-of-nine-rounds", "round < 10", "round < 9"),
+    _fault("target-without-carry", "(middle >> 32) + (other >> 32)", "(middle >> 32)"),
+    _fault("lead-forgotten", "(own + k) * kPack - row.lead + i", "(own + k) * kPack + i"),
+    # Rows that blocks share.
+    _fault("bins-not-cleared", "w.bins[i] = 0;", "w.bins[i] = 1;"),
+    _fault("list-not-cleared", "if (first == 0) w.listed = 0;", "if (first == 0) w.listed = 1;"),
+    _fault("total-of-one-block", "i < kSplit; ++i) total +=", "i < 1; ++i) total +="),
+    _fault("bad-of-one-block", "bad = bad || w.bad[i] != 0;", "bad = bad || w.bad[0] != 0;"),
+    _fault("largest-of-one-block", "if (static_cast<int>(w.largest[i]) > largest)", "if (i == 0)"),
+    _fault(
+        "parts-of-segments-mixed",
+        "w.above[warp() * kSplit + lane()]",
+        "w.above[lane() * kSplit + warp()]",
+    ),
+)
+"""Faults of the kernel, run by the `simt` backend."""

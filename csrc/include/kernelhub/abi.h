@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define KH_ABI_FINGERPRINT "673e0d60117769e4"
+#define KH_ABI_FINGERPRINT "6b372b826be297da"
 #define KH_ABI_VERSION 1
 #define KH_MAX_DIMS 8
 
@@ -100,6 +100,28 @@ typedef struct kh_fused_moe_gemv_args {
   int64_t tile;  // position in the table of tiles
 } kh_fused_moe_gemv_args;
 int32_t kh_fused_moe_gemv(const kh_fused_moe_gemv_args* args, void* stream);
+
+typedef struct kh_top_k_top_p_sampling_from_probs_args {
+  int64_t device;  // index of the device that holds every tensor
+  kh_tensor probs;  // [R, V], fp32, fp16 or bf16
+  kh_tensor top_k;  // [R], int32 or int64; absent where top_k_value holds it
+  kh_tensor top_p;  // [R], fp32; absent where top_p_value holds it
+  kh_tensor min_p;  // [R], fp32; absent where min_p_value holds it
+  kh_tensor indices;  // [B], int32 or int64; may be absent where B is R
+  kh_tensor seed;  // [B] or [1], int64; absent where seed_value holds it
+  kh_tensor offset;  // [B] or [1], int64; absent where offset_value holds it
+  kh_tensor tokens;  // [B], int32, written
+  kh_tensor valid;  // [B], bool, written; may be absent
+  kh_tensor workspace;  // uint8, written; may be absent where blocks_a_row is 1
+  int64_t top_k_value;
+  double top_p_value;  // used as fp32
+  double min_p_value;  // used as fp32; 0 for none
+  int64_t seed_value;
+  int64_t offset_value;
+  int64_t joint;  // 1 for filter_apply_order joint, 0 for top_k_first
+  int64_t blocks_a_row;  // 1, or 8 with a workspace; never changes a result
+} kh_top_k_top_p_sampling_from_probs_args;
+int32_t kh_top_k_top_p_sampling_from_probs(const kh_top_k_top_p_sampling_from_probs_args* args, void* stream);
 
 #ifdef __cplusplus
 }

@@ -108,6 +108,25 @@ OPS: dict[str, tuple[Field, ...]] = {
         "int64 reduce: 1 adds up the slots of a token",
         "int64 tile: position in the table of tiles",
     ),
+    "top_k_top_p_sampling_from_probs": _fields(
+        "tensor probs: [R, V], fp32, fp16 or bf16",
+        "tensor top_k: [R], int32 or int64; absent where top_k_value holds it",
+        "tensor top_p: [R], fp32; absent where top_p_value holds it",
+        "tensor min_p: [R], fp32; absent where min_p_value holds it",
+        "tensor indices: [B], int32 or int64; may be absent where B is R",
+        "tensor seed: [B] or [1], int64; absent where seed_value holds it",
+        "tensor offset: [B] or [1], int64; absent where offset_value holds it",
+        "tensor tokens: [B], int32, written",
+        "tensor valid: [B], bool, written; may be absent",
+        "tensor workspace: uint8, written; may be absent where blocks_a_row is 1",
+        "int64 top_k_value",
+        "float64 top_p_value: used as fp32",
+        "float64 min_p_value: used as fp32; 0 for none",
+        "int64 seed_value",
+        "int64 offset_value",
+        "int64 joint: 1 for filter_apply_order joint, 0 for top_k_first",
+        "int64 blocks_a_row: 1, or 8 with a workspace; never changes a result",
+    ),
 }
 """The arguments of each compiled op, in order."""
 
