@@ -51,11 +51,10 @@ int32_t fused_gemv_launch(const kh_fused_gemv_args& a, stream_t stream) {
   KH_REQUIRE(a.activation >= gemv::kNone && a.activation <= gemv::kGeluTanh,
              "'activation' is not known");
   gemv::Problem p = {};
-  gemv::Format format;
   p.activation = static_cast<int32_t>(a.activation);
-  const gemv::Weights weights = {a.x,           a.weight,     a.x_scale, a.weight_scale,
+  const gemv::Weights weights = {a.x,           a.weight,    a.x_scale, a.weight_scale,
                                  a.weight_zero, a.group_size};
-  const int32_t wrong = gemv::fill(p, format, weights, 0);
+  const int32_t wrong = gemv::fill(p, weights, 0);
   if (wrong != 0) return wrong;
   const bool norm = present(a.norm_weight);
   const kh_tensor* vectors[] = {&a.bias, &a.norm_weight};
@@ -64,9 +63,9 @@ int32_t fused_gemv_launch(const kh_fused_gemv_args& a, stream_t stream) {
                    (well_formed(*t) && t->ndim == 1 && t->shape[0] == p.rows && gemv::is_float(*t)),
                "'bias' and 'norm_weight' must be [N]");
   p.columns = a.x.shape[0];
-  KH_REQUIRE(present(a.out) && gemv::is_float(a.out) &&
-                 gemv::has_shape(a.out, 0, 0, p.columns, p.outputs),
-             "'out' must be [M, n]");
+  KH_REQUIRE(
+      present(a.out) && gemv::is_float(a.out) && gemv::has_shape(a.out, 0, 0, p.columns, p.outputs),
+      "'out' must be [M, n]");
   KH_REQUIRE(!norm || (p.activation == gemv::kNone && a.workspace.dtype == KH_FLOAT32 &&
                        gemv::has_shape(a.workspace, 0, 0, p.columns, p.rows) &&
                        a.workspace.stride[1] == 1 && a.workspace.stride[0] == p.rows),
@@ -80,7 +79,7 @@ int32_t fused_gemv_launch(const kh_fused_gemv_args& a, stream_t stream) {
   p.out_dtype = sums.dtype;
   p.out_token_stride = sums.stride[0];
   p.out_stride = sums.stride[1];
-  const int32_t status = gemv::run(p, format, a.tile, stream);
+  const int32_t status = gemv::run(p, a.weight.dtype, a.tile, stream);
   if (status != 0 || !norm) return status;
 
   KH_REQUIRE(p.columns <= kMaxGridX, "M must be below 2^31");

@@ -77,14 +77,14 @@ __device__ __forceinline__ void store_matrix_sync(float* p, const Accumulator& f
   for (int i = 0; i < 8; ++i) p[row_of(i) * stride + column_of(i)] = f.x[i];
 }
 
-#define KH_CUDA_MMA(TYPE, NAME)                                                              \
-  __device__ __forceinline__ void multiply(const TYPE*, float* d, const uint32_t* a,         \
-                                           const uint32_t* b, const float* c) {              \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                      \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                            \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),         \
-          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                              \
+#define KH_CUDA_MMA(TYPE, NAME)                                                                   \
+  __device__ __forceinline__ void multiply(const TYPE*, float* d, const uint32_t* a,              \
+                                           const uint32_t* b, const float* c) {                   \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                    \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), \
+          "f"(c[2]), "f"(c[3]));                                                                  \
   }
 KH_CUDA_MMA(__half, "f16")
 KH_CUDA_MMA(__nv_bfloat16, "bf16")

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-GEMV_TILES = ("r16w4", "r16w8", "r32w2", "r32w4")
-"""`r` rows of the weight to a block of `w` warps; in the order of csrc/musa/gemv.mu."""
+GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "r8", "r16", "r32")
+"""By rows of the weight to a block. `m` runs on the matrix unit with `w` warps, for dense fp16 and bf16
+alone. In the order of csrc/common/gemv.muh."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
@@ -48,7 +49,11 @@ def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
 
 def default(scheme: str, rows: int, k: int) -> str:
     """The tile of a class that no table has."""
-    return "r16w4" if rows * k < 2**24 else "r32w4"
+    if scheme != "dense":
+        return "r8" if rows <= 4096 else "r16"
+    if rows * k >= 2**26:
+        return "m32w4"
+    return "m32w2" if k <= 1024 else "m16w4"
 
 
 @lru_cache(maxsize=64)
