@@ -26,13 +26,17 @@ def rejects(a: Args) -> Iterable[str]:
 
 
 def chain(a: Args) -> int:
-    """Additions into one result: a warp's share of K, then the warps; see docs/error-bounds.md."""
-    return int(a.x.shape[-1])
+    """Additions into one result, at most.
+
+    At least two warps share out K, and what adds up one's share is either four lanes or a matrix
+    unit that takes 16 products a step: K/32 steps of at most two units each, as units truncate, and
+    some for the scales, lanes and warps. Four times that is granted.
+    """
+    k = int(a.x.shape[-1])
+    return min(k, k // 4 + 32)
 
 
-def tile(
-    launchers: Launchers, op: str, x: Tensor, weight: Tensor, k: int
-) -> int:
+def tile(launchers: Launchers, op: str, x: Tensor, weight: Tensor, k: int) -> int:
     scheme = _SCHEMES.get(weight.dtype) or ("fp8" if weight.dtype is _weights.FP8 else "dense")
     return tiles.choose(op, launchers.arch(x.device), scheme, weight.shape[-2], k)
 

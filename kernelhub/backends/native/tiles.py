@@ -44,16 +44,20 @@ def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
         tile = table.get(op, {}).get(name)
         if tile is not None:
             return OPS[op].index(tile)
-    return OPS[op].index(default(scheme, rows, k))
+    return OPS[op].index(default(arch, scheme, rows, k))
 
 
-def default(scheme: str, rows: int, k: int) -> str:
+def default(arch: str, scheme: str, rows: int, k: int) -> str:
     """The tile of a class that no table has."""
-    if scheme != "dense":
+    if scheme == "fp32" or arch in _WITHOUT_MATRIX_UNIT:
         return "r8" if rows <= 4096 else "r16"
-    if rows * k >= 2**26:
-        return "m32w4"
-    return "m32w2" if k <= 1024 else "m16w4"
+    if scheme == "dense":
+        return "m32w4" if rows * k >= 2**26 else "m32w2" if k <= 1024 else "m16w4"
+    return "m16w8" if rows * k < 2**25 and k > 1024 else "m16w4" if k > 4096 else "m32w2"
+
+
+_WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128", "warp128-asan", "warp128-tsan")
+"""Architectures on which the kernels for the matrix unit make do without, slowly."""
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +83,9 @@ def checked(table: Table, where: str) -> Table:
         for name, tile in classes.items():
             if tile not in OPS[op]:
                 known = ", ".join(OPS[op])
-                raise ValueError(f"{where}: '{op}', class '{name}': tile '{tile}' is not of {known}")
+                raise ValueError(
+                    f"{where}: '{op}', class '{name}': tile '{tile}' is not of {known}"
+                )
     return table
 
 
