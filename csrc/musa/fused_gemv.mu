@@ -51,9 +51,9 @@ int32_t fused_gemv_launch(const kh_fused_gemv_args& a, stream_t stream) {
   KH_REQUIRE(a.activation >= gemv::kNone && a.activation <= gemv::kGeluTanh,
              "'activation' is not known");
   gemv::Problem p = {};
-  gemv::Format format;
+  gemv::Format format = gemv::kF32;
   p.activation = static_cast<int32_t>(a.activation);
-  const gemv::Weights weights = {a.x,           a.weight,     a.x_scale, a.weight_scale,
+  const gemv::Weights weights = {a.x,           a.weight,    a.x_scale, a.weight_scale,
                                  a.weight_zero, a.group_size};
   const int32_t wrong = gemv::fill(p, format, weights, 0);
   if (wrong != 0) return wrong;
@@ -64,9 +64,9 @@ int32_t fused_gemv_launch(const kh_fused_gemv_args& a, stream_t stream) {
                    (well_formed(*t) && t->ndim == 1 && t->shape[0] == p.rows && gemv::is_float(*t)),
                "'bias' and 'norm_weight' must be [N]");
   p.columns = a.x.shape[0];
-  KH_REQUIRE(present(a.out) && gemv::is_float(a.out) &&
-                 gemv::has_shape(a.out, 0, 0, p.columns, p.outputs),
-             "'out' must be [M, n]");
+  KH_REQUIRE(
+      present(a.out) && gemv::is_float(a.out) && gemv::has_shape(a.out, 0, 0, p.columns, p.outputs),
+      "'out' must be [M, n]");
   KH_REQUIRE(!norm || (p.activation == gemv::kNone && a.workspace.dtype == KH_FLOAT32 &&
                        gemv::has_shape(a.workspace, 0, 0, p.columns, p.rows) &&
                        a.workspace.stride[1] == 1 && a.workspace.stride[0] == p.rows),

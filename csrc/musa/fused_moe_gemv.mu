@@ -10,8 +10,8 @@ namespace {
 constexpr int kThreads = 256;
 
 struct Slots {
-  const float* results;  // [M, k, n]
-  void* out;             // [M, n]
+  const float* results;           // [M, k, n]
+  void* out;                      // [M, n]
   int64_t slots, columns, count;  // k, n, M * n
   int64_t out_row_stride, out_stride;
 };
@@ -33,9 +33,9 @@ int32_t fused_moe_gemv_launch(const kh_fused_moe_gemv_args& a, stream_t stream) 
   KH_REQUIRE(a.activation >= gemv::kNone && a.activation <= gemv::kGeluTanh,
              "'activation' is not known");
   gemv::Problem p = {};
-  gemv::Format format;
+  gemv::Format format = gemv::kF32;
   p.activation = static_cast<int32_t>(a.activation);
-  const gemv::Weights weights = {a.x,           a.weight,     a.x_scale, a.weight_scale,
+  const gemv::Weights weights = {a.x,           a.weight,    a.x_scale, a.weight_scale,
                                  a.weight_zero, a.group_size};
   const int32_t wrong = gemv::fill(p, format, weights, 1);
   if (wrong != 0) return wrong;
@@ -44,8 +44,7 @@ int32_t fused_moe_gemv_launch(const kh_fused_moe_gemv_args& a, stream_t stream) 
                  (ids.dtype == KH_INT32 || ids.dtype == KH_INT64),
              "'topk_ids' must be int32 or int64 [M, k]");
   const int64_t tokens = ids.shape[0], slots = ids.shape[1];
-  KH_REQUIRE(!present(by) ||
-                 (gemv::is_float(by) && gemv::has_shape(by, 0, 0, tokens, slots)),
+  KH_REQUIRE(!present(by) || (gemv::is_float(by) && gemv::has_shape(by, 0, 0, tokens, slots)),
              "'topk_weights' must be [M, k]");
   KH_REQUIRE(a.x.shape[0] == (a.x_per_slot ? tokens * slots : tokens),
              "x must have a row for each token or each of its slots");
@@ -54,12 +53,12 @@ int32_t fused_moe_gemv_launch(const kh_fused_moe_gemv_args& a, stream_t stream) 
                  (a.reduce ? gemv::has_shape(a.out, 0, 0, tokens, p.outputs)
                            : gemv::has_shape(a.out, 1, tokens, slots, p.outputs)),
              "'out' must be [M, k, n], or [M, n] where slots are summed");
-  KH_REQUIRE(!a.reduce || (results.dtype == KH_FLOAT32 &&
-                           gemv::has_shape(results, 1, tokens, slots, p.outputs) &&
-                           (numel(results) == 0 ||
-                            (results.stride[2] == 1 && results.stride[1] == p.outputs &&
-                             results.stride[0] == slots * p.outputs))),
-             "'workspace' must be fp32 [M, k, n] where slots are summed");
+  KH_REQUIRE(
+      !a.reduce ||
+          (results.dtype == KH_FLOAT32 && gemv::has_shape(results, 1, tokens, slots, p.outputs) &&
+           (numel(results) == 0 || (results.stride[2] == 1 && results.stride[1] == p.outputs &&
+                                    results.stride[0] == slots * p.outputs))),
+      "'workspace' must be fp32 [M, k, n] where slots are summed");
   if (numel(a.out) == 0) return 0;
 
   p.topk_ids = gemv::table_of(ids, 0);
@@ -76,8 +75,13 @@ int32_t fused_moe_gemv_launch(const kh_fused_moe_gemv_args& a, stream_t stream) 
     const int32_t status = gemv::run(p, format, a.tile, stream);
     if (status != 0 || !a.reduce) return status;
   }
-  Slots s = {static_cast<const float*>(results.data), a.out.data,      slots, p.outputs,
-             tokens * p.outputs,                      a.out.stride[0], a.out.stride[1]};
+  Slots s = {static_cast<const float*>(results.data),
+             a.out.data,
+             slots,
+             p.outputs,
+             tokens * p.outputs,
+             a.out.stride[0],
+             a.out.stride[1]};
   return for_float_type(a.out.dtype, "out", [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t blocks = ceil_div(s.count, kThreads);

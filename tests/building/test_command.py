@@ -232,10 +232,12 @@ def test_import_loads_nothing_of_builds() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_a_wheel_ships_the_sources_and_the_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_ships_the_sources_and_the_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hatchling.build import build_wheel
 
-    from kernelhub.backends.native import platform
+    from kernelhub.backends.native import platform, tiles
 
     monkeypatch.chdir(ROOT)
     with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
