@@ -376,12 +376,19 @@ def _emulator(text: str) -> None:
     options.parse(text)
 
 
+def _tiles(text: str) -> None:
+    from kernelhub.backends.native import tiles
+
+    tiles.read(text.strip())
+
+
 _VARIABLES: dict[str, Callable[[str], Any]] = {
     policy.BACKEND_VARIABLE: _rules,
     policy.FALLBACK_VARIABLE: grammar.parse_fallback,
     "KERNELHUB_CACHE_DIR": _cache_dir,
     "KERNELHUB_LIBRARY_PATH": _library_path,
     "KERNELHUB_SIMT": _emulator,
+    "KERNELHUB_TILES": _tiles,
 }
 """The variables that kernelhub reads, and what reads their text."""
 

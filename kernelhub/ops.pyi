@@ -101,7 +101,8 @@ class _fused_gemv(_Op, Protocol):
 
         Returns:
             Tensor `[..., n]`, n = N, or N/2 with SwiGLU; `out` where given. K = 0 gives the epilogue
-            of zeros. NaN and infinities propagate as IEEE has it; fp8 codes 0x7f and 0xff are NaN.
+            of zeros. NaN and infinities propagate as IEEE has it; fp8 codes 0x7f and 0xff are NaN. An
+            infinite scale makes NaN, for it multiplies the sum of a group.
 
         Raises:
             ArgumentError: shapes, dtypes or devices do not fit each other, an argument has no meaning
@@ -110,6 +111,8 @@ class _fused_gemv(_Op, Protocol):
         Supported:
             reference: any device, differentiable. Its fp32 products follow
                 `torch.set_float32_matmul_precision`, by default full precision.
+            cuda, musa: devices of their own, no derivative
+            simt: CPU tensors, for tests, no derivative
 
         Cost: reads the weight and its scales once, x, and writes the result; 2 M N K operations.
         Definition: the products of dequantised values, not rounded to x's dtype on the way, summed in
@@ -165,7 +168,8 @@ class _fused_moe_gemv(_Op, Protocol):
         Returns:
             Tensor `[M, k, n]`, or `[M, n]` where `reduce`; n = N, or N/2 with SwiGLU; `out` where
             given. k = 0 gives no slots, and zeros where `reduce`. NaN and infinities propagate as IEEE
-            has it; fp8 codes 0x7f and 0xff are NaN.
+            has it; fp8 codes 0x7f and 0xff are NaN. An infinite scale makes NaN, for it multiplies the
+            sum of a group.
 
         Raises:
             ArgumentError: shapes, dtypes or devices do not fit each other, an argument has no meaning
@@ -174,6 +178,8 @@ class _fused_moe_gemv(_Op, Protocol):
         Supported:
             reference: any device, differentiable. Its fp32 products follow
                 `torch.set_float32_matmul_precision`, by default full precision.
+            cuda, musa: devices of their own, no derivative
+            simt: CPU tensors, for tests, no derivative
 
         Cost: reads the weight and scales of each chosen expert once, x, ids and topk_weights, and
             writes the result; 2 M k N K operations.

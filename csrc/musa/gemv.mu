@@ -124,9 +124,9 @@ __device__ __forceinline__ float x_at(const Problem& p, const Column& column, in
   if (p.x_dtype == KH_FLOAT32) return *reinterpret_cast<const float*>(at);
   if (p.x_dtype == KH_FLOAT16) return to_float(*reinterpret_cast<const half_t*>(at));
   if (p.x_dtype == KH_BFLOAT16) return to_float(*reinterpret_cast<const bf16_t*>(at));
-  const float scale = static_cast<const float*>(
-      p.x_scale.data)[column.x_row * p.x_scale.row_stride +
-                      (k >> p.group_shift) * int64_t{p.x_scale.group_stride}];
+  const float scale =
+      static_cast<const float*>(p.x_scale.data)[column.x_row * p.x_scale.row_stride +
+                                                (k >> p.group_shift) * p.x_scale.group_stride];
   return fp8_to_float(*at) * infinite_is_nan(scale);
 }
 
@@ -219,8 +219,8 @@ class Block {
         }
         const int step = begin + warp_;
         if (step < steps_) {
-          multiply(staged_ + padded((step * kStep & (room - 1)) + lane_ % kRowLanes * F::kElements), line,
-                   count, d);
+          multiply(staged_ + padded((step * kStep & (room - 1)) + lane_ % kRowLanes * F::kElements),
+                   line, count, d);
           load(step + kWarps * kDepth, d);
         }
       }
@@ -266,7 +266,7 @@ class Block {
       const int group = (k < p_.k ? k : p_.k - 1) >> p_.group_shift;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t at = scale_at_[r] + group * int64_t{p_.weight_scale.group_stride};
+        const int64_t at = scale_at_[r] + group * p_.weight_scale.group_stride;
         scale_[d][r] = F::kZeros ? entry(p_.weight_scale, at)
                                  : static_cast<const float*>(p_.weight_scale.data)[at];
         if constexpr (F::kZeros)
@@ -274,8 +274,7 @@ class Block {
               p_.weight_zero.data == nullptr
                   ? 8
                   : static_cast<const uint8_t*>(
-                        p_.weight_zero
-                            .data)[zero_at_[r] + group * int64_t{p_.weight_zero.group_stride}];
+                        p_.weight_zero.data)[zero_at_[r] + group * p_.weight_zero.group_stride];
       }
     }
   }

@@ -69,6 +69,7 @@ def variants(op: str, shape_class: str, backend: str) -> list[Variant]:
         *(
             Variant(tile, backend, partial(_with_tile, op, shape_class, tile))
             for tile in tiles.OPS[op]
+            if tiles.fits(shape_class, tile)
         ),
     ]
 

@@ -71,7 +71,8 @@ def fused_moe_gemv(
     Returns:
         Tensor `[M, k, n]`, or `[M, n]` where `reduce`; n = N, or N/2 with SwiGLU; `out` where
         given. k = 0 gives no slots, and zeros where `reduce`. NaN and infinities propagate as IEEE
-        has it; fp8 codes 0x7f and 0xff are NaN.
+        has it; fp8 codes 0x7f and 0xff are NaN. An infinite scale makes NaN, for it multiplies the
+        sum of a group.
 
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit each other, an argument has no meaning
@@ -80,6 +81,8 @@ def fused_moe_gemv(
     Supported:
         reference: any device, differentiable. Its fp32 products follow
             `torch.set_float32_matmul_precision`, by default full precision.
+        cuda, musa: devices of their own, no derivative
+        simt: CPU tensors, for tests, no derivative
 
     Cost: reads the weight and scales of each chosen expert once, x, ids and topk_weights, and
         writes the result; 2 M k N K operations.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -231,17 +232,20 @@ def test_import_loads_nothing_of_builds() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_a_wheel_ships_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_ships_the_sources_and_the_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hatchling.build import build_wheel
 
-    from kernelhub.backends.native import platform
+    from kernelhub.backends.native import platform, tiles
 
     monkeypatch.chdir(ROOT)
     with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
         wheel.extractall(tmp_path / "site")
     program = (
-        "from kernelhub.backends.native import build, platform as p; print(p.csrc());"
-        "print(*[build.sources_hash(x) for x in (p.CUDA, p.MUSA, p.SIMT, p.BINDING)])"
+        "from kernelhub.backends.native import build, tiles, platform as p; print(p.csrc());"
+        "print(*[build.sources_hash(x) for x in (p.CUDA, p.MUSA, p.SIMT, p.BINDING)]);"
+        "print(tiles._SHIPPED.read_text())"
     )
     shown = subprocess.run(
         [sys.executable, "-c", program],
@@ -251,10 +255,11 @@ def test_a_wheel_ships_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         text=True,
         check=True,
     )
-    where, hashes = shown.stdout.splitlines()
+    where, hashes, *table = shown.stdout.splitlines()
     assert where == str(tmp_path / "site" / "kernelhub" / "csrc")
     compiled = (platform.CUDA, platform.MUSA, platform.SIMT, platform.BINDING)
     assert hashes.split() == [build.sources_hash(each) for each in compiled]
+    assert json.loads("".join(table)) == json.loads(tiles._SHIPPED.read_text())
 
 
 def test_a_build_error_is_an_error_of_kernelhub() -> None:

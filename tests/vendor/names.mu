@@ -18,7 +18,7 @@ __global__ void names(float* floats /*[16]*/, unsigned long long* integers /*[32
   const int n = 40 + static_cast<int>(gridDim.x * blockDim.x) - 32;  // 40
   const unsigned long long ones = ~static_cast<unsigned long long>(blockIdx.x);
   if (t == 0) counter = 0, wide = 1ull << 40;
-  dynamic[t] = uint4{1u, 2u, 3u, static_cast<unsigned>(t)};
+  dynamic[t] = make_uint4(1u, 2u, 3u, static_cast<unsigned>(t));
   big[t * (kBig / 32)] = t;
   __syncthreads();
   atomicAdd(&counter, 2u);
@@ -32,7 +32,7 @@ __global__ void names(float* floats /*[16]*/, unsigned long long* integers /*[32
   __syncwarp();
   const int odd = __syncthreads_count(t % 2), any = __syncthreads_or(t == 9);
   if (t != 9) return;
-  const uint2 pair{counter, dynamic[31].w};
+  const uint2 pair = make_uint2(counter, dynamic[31].w);
   int i = 3;
   integers[i++] = pair.x;
   integers[i++] = wide;

@@ -37,11 +37,8 @@ def chain(a: Args) -> int:
 
 
 def tile(launchers: Launchers, op: str, x: Tensor, weight: Tensor, k: int) -> int:
-    scheme = _SCHEMES.get(weight.dtype) or ("fp8" if weight.dtype is _weights.FP8 else "dense")
-    return tiles.choose(op, launchers.arch(x.device), scheme, weight.shape[-2], k)
-
-
-_SCHEMES = dict.fromkeys(_weights.PACKED, "int4") | {torch.float32: "fp32"}
+    arch, scheme = launchers.arch(x.device), tiles.scheme(weight.dtype)
+    return tiles.choose(op, arch, scheme, weight.shape[-2], k)
 
 
 def result_for(

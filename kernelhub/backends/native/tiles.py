@@ -9,84 +9,148 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernelhub.errors import PolicyError, nearest
+from kernelhub.spec import Args
+
+VARIABLE = "KERNELHUB_TILES"
 
 GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "r8", "r16", "r32")
-"""By rows of the weight to a block. `m` runs on the matrix unit with `w` warps, for dense fp16 and bf16
-alone. In the order of csrc/common/gemv.muh."""
+"""By rows of the weight to a block. `m` runs on the matrix unit, with `w` warps; `r` does without
+and takes fp32 too. In the order of csrc/common/gemv.muh."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
 Table = Mapping[str, Mapping[str, str]]
 """From an op to its shape classes, from a class to a tile."""
 
+_SCHEMES = {
+    torch.float32: "fp32",
+    torch.float16: "dense",
+    torch.bfloat16: "dense",
+    torch.float8_e4m3fn: "fp8",
+    torch.uint8: "int4",
+    torch.int8: "int4",
+    torch.int32: "int4",
+}
+_CLASS = re.compile(rf"({'|'.join(dict.fromkeys(_SCHEMES.values()))}) n([0-9]+) k([0-9]+)")
+_SMALLEST, _LARGEST = 2**9, 2**16  # sizes of a class
+_MEASURED = "measured"  # stands beside the ops in a file that --tune wrote
+
 _SHIPPED = Path(__file__).with_name("tiles.json")
 _overrides: list[Table] = []
 
 
+def scheme(weight_dtype: torch.dtype) -> str:
+    return _SCHEMES[weight_dtype]
+
+
 def shape_class(scheme: str, rows: int, k: int) -> str:
-    """The class of a weight `[N, K]`: `"w4a16 n4096 k8192"`, sizes rounded up to powers of two."""
+    """The class of a weight `[N, K]`: `"int4 n4096 k8192"`, sizes rounded up to powers of two."""
     return f"{scheme} n{_rounded(rows)} k{_rounded(k)}"
 
 
 def _rounded(size: int) -> int:
-    return min(max(1 << (size - 1).bit_length(), 512), 65536) if size > 0 else 512
+    power: int = 1 << max(size - 1, 0).bit_length()
+    return min(max(power, _SMALLEST), _LARGEST)
+
+
+def fits(name: str, tile: str) -> bool:
+    """Whether a tile serves a class: the matrix unit has no fp32."""
+    return not (name.startswith("fp32") and tile.startswith("m"))
+
+
+def classes_of(op: str, call: Args) -> str:
+    """The shape class of a call of an op that has tiles; its tensors may be described."""
+    return shape_class(scheme(call.weight.dtype), call.weight.shape[-2], call.x.shape[-1])
 
 
 @lru_cache(maxsize=4096)
 def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
     """The tile of a weight `[N, K]`, as a position in `OPS[op]`."""
     name = shape_class(scheme, rows, k)
-    for table in (*reversed(_overrides), _given(), table_of(arch)):
+    for table in (*reversed(_overrides), _from_environment(), table_of(arch)):
         tile = table.get(op, {}).get(name)
         if tile is not None:
             return OPS[op].index(tile)
-    return OPS[op].index(default(arch, scheme, rows, k))
+    return OPS[op].index(default(op, arch, scheme, rows, k))
 
 
-def default(arch: str, scheme: str, rows: int, k: int) -> str:
-    """The tile of a class that no table has."""
+def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
+    """The tile of a class that no table has: what was best for its like on an H200."""
     if scheme == "fp32" or arch in _WITHOUT_MATRIX_UNIT:
         return "r8" if rows <= 4096 else "r16"
-    if scheme == "dense":
-        return "m32w4" if rows * k >= 2**26 else "m32w2" if k <= 1024 else "m16w4"
-    return "m16w8" if rows * k < 2**25 and k > 1024 else "m16w4" if k > 4096 else "m32w2"
+    if op == "fused_moe_gemv" or k <= 1024:
+        return "m32w2"
+    if rows * k < 2**25:
+        return "m16w8"
+    return "m32w2" if k <= 4096 else "m32w4" if scheme == "dense" else "m16w4"
 
 
 _WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128", "warp128-asan", "warp128-tsan")
-"""Architectures on which the kernels for the matrix unit make do without, slowly."""
+"""Architectures on which the kernels for the matrix unit make do without it, slowly."""
+
+
+# ---- tables ----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def table_of(arch: str) -> Table:
     """The shipped table of an architecture; empty where there is none."""
-    shipped = json.loads(_SHIPPED.read_text())
-    return checked(shipped.get(arch, {}), f"{_SHIPPED.name}, '{arch}'")
+    return checked(json.loads(_SHIPPED.read_text()).get(arch, {}), f"{_SHIPPED.name}, {arch}")
 
 
 @lru_cache(maxsize=1)
-def _given() -> Table:
-    path = os.environ.get("KERNELHUB_TILES")
-    if not path:
-        return {}
-    return checked(json.loads(Path(path).read_text())["tiles"], path)
+def _from_environment() -> Table:
+    path = os.environ.get(VARIABLE, "").strip()
+    return read(path) if path else {}
 
 
-def checked(table: Table, where: str) -> Table:
-    """The table; `ValueError` where it names an op or tile that there is not."""
-    for op, classes in table.items():
+def read(path: str) -> Table:
+    """The table of a file. Raises `PolicyError` where there is none or something in it is not."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PolicyError(f"{VARIABLE}: {path} cannot be read: {error}") from error
+    if isinstance(found, dict):
+        found.pop(_MEASURED, None)
+    return checked(found, f"{VARIABLE}: {path}")
+
+
+def checked(table: Any, where: str) -> Table:
+    """The table. Raises `PolicyError` where it names an op, class or tile that there is not."""
+    for op, classes in _mapping(table, where).items():
         if op not in OPS:
-            raise ValueError(f"{where}: op '{op}' has no tiles; these have: {', '.join(OPS)}")
-        for name, tile in classes.items():
+            raise PolicyError(f"{where}: op '{op}' has no tiles; {nearest(op, OPS)}")
+        for name, tile in _mapping(classes, f"{where}: {op}").items():
+            if not _is_class(name):
+                wanted = f"'{_CLASS.pattern}', sizes powers of two, {_SMALLEST} to {_LARGEST}"
+                raise PolicyError(f"{where}: {op}: '{name}' is no shape class: expected {wanted}")
             if tile not in OPS[op]:
-                known = ", ".join(OPS[op])
-                raise ValueError(
-                    f"{where}: '{op}', class '{name}': tile '{tile}' is not of {known}"
-                )
-    return table
+                known = nearest(str(tile), OPS[op])
+                raise PolicyError(f"{where}: {op}, {name}: there is no tile '{tile}'; {known}")
+            if not fits(name, tile):
+                raise PolicyError(f"{where}: {op}, {name}: tile '{tile}' is not for fp32")
+    return table  # type: ignore[no-any-return]
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PolicyError(f"{where}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _is_class(name: str) -> bool:
+    found = _CLASS.fullmatch(name) if len(name) < 64 else None
+    return found is not None and shape_class(found[1], int(found[2]), int(found[3])) == name
 
 
 @contextmanager

@@ -44,6 +44,8 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+__device__ uint2 make_uint2(unsigned, unsigned);
+__device__ uint4 make_uint4(unsigned, unsigned, unsigned, unsigned);
 
 __device__ void __syncthreads() __attribute__((convergent));
 __device__ int __syncthreads_or(int) __attribute__((convergent));
