@@ -1,13 +1,18 @@
 """The tests of the kernels are tested: every planted fault is caught by the op's own cases.
 
 A mutant is compiled for the emulator with checks of alignment, which the processor here forgives
-and a GPU does not, and run in a child process, for some mutants crash.
+and a GPU does not, and run in a child process, for some mutants crash. Of the sources only those
+with the fault in them are compiled for it; the objects of the others are shared.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
 import shutil
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
@@ -19,51 +24,72 @@ from kernelhub.backends.native import abi, build
 from kernelhub.backends.native.kernels import Kernels
 from kernelhub.backends.native.platform import SIMT, Platform, csrc
 from kernelhub.testing import run_case
-from tests.mutants import (
-    Mutant,
-    fused_mul_add,
-    rotary_embedding,
-    top_k_top_p_sampling_from_probs,
-)
+from tests.mutants import Mutant
 
+ARCH = "warp32"
 MUTANTS = [
-    (module.__name__.rpartition(".")[2], mutant)
-    for module in (fused_mul_add, rotary_embedding, top_k_top_p_sampling_from_probs)
-    for mutant in module.KERNEL_MUTANTS
+    (op, mutant)
+    for op in abi.OPS
+    for mutant in getattr(importlib.import_module(f"tests.mutants.{op}"), "KERNEL_MUTANTS", ())
 ]
 _IDS = [f"{op}-{mutant.name}" for op, mutant in MUTANTS]
 
 
+_CHECKED = ("-fsanitize=alignment", "-fno-sanitize-recover=all")
+QUICK = attrs.evolve(
+    SIMT,
+    compile_flags=lambda compiler, arch: (*SIMT.compile_flags(compiler, arch), "-O1", *_CHECKED),
+    link_flags=lambda compiler, arch: (*SIMT.link_flags(compiler, arch), *_CHECKED),
+)
+"""The emulator's platform, compiled quickly and with alignment checked."""
+
+
 def mutated(mutant: Mutant, root: Path) -> Platform:
-    """The emulator's platform over a copy of the sources with the fault in it."""
+    """The emulator's platform with the fault in it."""
     copy = root / "csrc"
     shutil.copytree(csrc(), copy)
     path = copy / mutant.module
     source = path.read_text()
     assert source.count(mutant.old) == 1, f"found {source.count(mutant.old)} times"
     path.write_text(source.replace(mutant.old, mutant.new))
-    return moved(SIMT, copy)
+    return compiling([s for s in QUICK.sources() if csrc() / mutant.module in read_by(s)], copy)
 
 
-def moved(platform: Platform, to: Path) -> Platform:
-    """A platform over another copy of `csrc`, compiled quickly and with alignment checked."""
+def compiling(sources: list[Path], copy: Path) -> Platform:
+    """A platform that compiles these from a copy of `csrc` and takes the others as they are."""
+    assert sources
+    objects = [object_of(source) for source in QUICK.sources() if source not in sources]
 
-    def there(path: Path) -> Path:
-        return to / path.relative_to(csrc())
+    def there(paths: Iterable[Path]) -> tuple[Path, ...]:
+        return tuple(copy / path.relative_to(csrc()) for path in paths)
 
-    quick = ("-O1", "-fsanitize=alignment", "-fno-sanitize-recover=all")
     return attrs.evolve(
-        platform,
-        sources=lambda: tuple(map(there, platform.sources())),
-        includes=lambda: tuple(map(there, platform.includes())),
-        compile_flags=lambda compiler, arch: (*platform.compile_flags(compiler, arch), *quick),
-        link_flags=lambda compiler, arch: (*platform.link_flags(compiler, arch), quick[1]),
+        QUICK,
+        sources=lambda: there(sources),
+        includes=lambda: there(QUICK.includes()),
+        link_flags=lambda compiler, arch: (*objects, *QUICK.link_flags(compiler, arch)),
     )
+
+
+def read_by(source: Path) -> set[Path]:
+    """A source and the headers that it includes."""
+    includes = [f"-I{folder}" for folder in QUICK.includes()]
+    command = [QUICK.find_compiler().path, "-MM", "-x", "c++", *includes, str(source)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(map(Path, shlex.split(said.replace("\\\n", " "))[1:]))
+
+
+def object_of(source: Path) -> str:
+    """One source by itself, compiled once and kept in the cache."""
+    alone = attrs.evolve(
+        QUICK, sources=lambda: (source,), link_flags=lambda compiler, arch: ("-r", "-nostdlib")
+    )
+    return str(build.build(alone, ARCH))
 
 
 def verdict(op: str, platform: Platform, output: Path) -> str:
     """What the op's cases say of a library, in a child process: "passed", a case or a crash."""
-    library = build.build(platform, "warp32", output)
+    library = build.build(platform, ARCH, output)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -80,8 +106,8 @@ def verdict(op: str, platform: Platform, output: Path) -> str:
 def _first_failure(op: str, platform: Platform, library: Path) -> str:
     from kernelhub.backends.native.library import Library
 
-    kernels = Kernels(platform, "cpu", lambda device: "warp32", lambda index: 0)
-    kernels._libraries["warp32"] = Library(library, "simt")
+    kernels = Kernels(platform, "cpu", lambda device: ARCH, lambda index: 0)
+    kernels._libraries[ARCH] = Library(library, "simt")
     made = kernels.implementations((op,))
     registry.add_backend(Backend("mutant", made, device_types=("cpu",), automatic=False))
     for case in sorted(registry.spec(op).cases(), key=lambda case: case.kind == "typical"):
@@ -99,8 +125,8 @@ def test_mutant_is_caught(op: str, mutant: Mutant, tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", abi.OPS)
 def test_the_kernel_itself_passes(op: str, tmp_path: Path) -> None:
     """Else the lane above would catch everything."""
-    shutil.copytree(csrc(), tmp_path / "csrc")
-    assert verdict(op, moved(SIMT, tmp_path / "csrc"), tmp_path / "library") == "passed"
+    library = compiling([csrc() / "musa" / "library.mu"], csrc())
+    assert verdict(op, library, tmp_path / "library") == "passed"
 
 
 @pytest.mark.parametrize("op", abi.OPS)
