@@ -21,6 +21,8 @@ from kernelhub.backends.native.platform import SIMT, Platform, csrc
 from kernelhub.testing import run_case
 from tests.mutants import (
     Mutant,
+    fused_gemv,
+    fused_moe_gemv,
     fused_mul_add,
     rotary_embedding,
     top_k_top_p_sampling_from_probs,
@@ -28,10 +30,16 @@ from tests.mutants import (
 
 MUTANTS = [
     (module.__name__.rpartition(".")[2], mutant)
-    for module in (fused_mul_add, rotary_embedding, top_k_top_p_sampling_from_probs)
+    for module in (
+        fused_gemv,
+        fused_moe_gemv,
+        fused_mul_add,
+        rotary_embedding,
+        top_k_top_p_sampling_from_probs,
+    )
     for mutant in module.KERNEL_MUTANTS
 ]
-_IDS = [f"{op}-{mutant.name}" for op, mutant in MUTANTS]
+_IDS = [f"{op}-{mutant.name}-{mutant.arch}" for op, mutant in MUTANTS]
 
 
 def mutated(mutant: Mutant, root: Path) -> Platform:
@@ -61,14 +69,14 @@ def moved(platform: Platform, to: Path) -> Platform:
     )
 
 
-def verdict(op: str, platform: Platform, output: Path) -> str:
+def verdict(op: str, platform: Platform, arch: str, output: Path) -> str:
     """What the op's cases say of a library, in a child process: "passed", a case or a crash."""
-    library = build.build(platform, "warp32", output)
+    library = build.build(platform, arch, output)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        os.write(writing, _first_failure(op, platform, library).encode())
+        os.write(writing, _first_failure(op, platform, arch, library).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
@@ -77,11 +85,11 @@ def verdict(op: str, platform: Platform, output: Path) -> str:
     return said if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else f"crash ({status})"
 
 
-def _first_failure(op: str, platform: Platform, library: Path) -> str:
+def _first_failure(op: str, platform: Platform, arch: str, library: Path) -> str:
     from kernelhub.backends.native.library import Library
 
-    kernels = Kernels(platform, "cpu", lambda device: "warp32", lambda index: 0)
-    kernels._libraries["warp32"] = Library(library, "simt")
+    kernels = Kernels(platform, "cpu", lambda device: arch, lambda index: 0)
+    kernels._libraries[arch] = Library(library, "simt")
     made = kernels.implementations((op,))
     registry.add_backend(Backend("mutant", made, device_types=("cpu",), automatic=False))
     for case in sorted(registry.spec(op).cases(), key=lambda case: case.kind == "typical"):
@@ -93,14 +101,15 @@ def _first_failure(op: str, platform: Platform, library: Path) -> str:
 
 @pytest.mark.parametrize(("op", "mutant"), MUTANTS, ids=_IDS)
 def test_mutant_is_caught(op: str, mutant: Mutant, tmp_path: Path) -> None:
-    assert verdict(op, mutated(mutant, tmp_path), tmp_path / "library") != "passed"
+    platform = mutated(mutant, tmp_path)
+    assert verdict(op, platform, mutant.arch, tmp_path / "library") != "passed"
 
 
-@pytest.mark.parametrize("op", abi.OPS)
-def test_the_kernel_itself_passes(op: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("op", "arch"), sorted({(op, mutant.arch) for op, mutant in MUTANTS}))
+def test_the_kernel_itself_passes(op: str, arch: str, tmp_path: Path) -> None:
     """Else the lane above would catch everything."""
     shutil.copytree(csrc(), tmp_path / "csrc")
-    assert verdict(op, moved(SIMT, tmp_path / "csrc"), tmp_path / "library") == "passed"
+    assert verdict(op, moved(SIMT, tmp_path / "csrc"), arch, tmp_path / "library") == "passed"
 
 
 @pytest.mark.parametrize("op", abi.OPS)

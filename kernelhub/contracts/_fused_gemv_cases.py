@@ -289,7 +289,9 @@ def _epilogue_cases() -> Iterator[Case]:
         "boundary",
         _make("dense", 2, 33, 16, norm=torch.float32, dtype=torch.float32, options={"eps": 0}),
     )
-    yield Case("norm-n1", "boundary", _make("dense", 3, 1, 16, norm=torch.float32))
+    for n in (1, 300):
+        make = _make("dense", 3, n, 16, norm=torch.float32, dtype=torch.float32)
+        yield Case(f"norm-n{n}", "boundary", make)
     for activation in ("silu", "gelu_tanh", "swiglu"):
         # From the far left, where results underflow, to the far right.
         yield Case(
