@@ -26,13 +26,12 @@ from kernelhub.backends.native.platform import SIMT, Platform, csrc
 from kernelhub.testing import run_case
 from tests.mutants import Mutant
 
-ARCH = "warp32"
 MUTANTS = [
     (op, mutant)
     for op in abi.OPS
     for mutant in getattr(importlib.import_module(f"tests.mutants.{op}"), "KERNEL_MUTANTS", ())
 ]
-_IDS = [f"{op}-{mutant.name}" for op, mutant in MUTANTS]
+_IDS = [f"{op}-{mutant.name}-{mutant.arch}" for op, mutant in MUTANTS]
 
 
 _CHECKED = ("-fsanitize=alignment", "-fno-sanitize-recover=all")
@@ -52,13 +51,14 @@ def mutated(mutant: Mutant, root: Path) -> Platform:
     source = path.read_text()
     assert source.count(mutant.old) == 1, f"found {source.count(mutant.old)} times"
     path.write_text(source.replace(mutant.old, mutant.new))
-    return compiling([s for s in QUICK.sources() if csrc() / mutant.module in read_by(s)], copy)
+    changed = [s for s in QUICK.sources() if csrc() / mutant.module in read_by(s)]
+    return compiling(changed, copy, mutant.arch)
 
 
-def compiling(sources: list[Path], copy: Path) -> Platform:
+def compiling(sources: list[Path], copy: Path, arch: str) -> Platform:
     """A platform that compiles these from a copy of `csrc` and takes the others as they are."""
     assert sources
-    objects = [object_of(source) for source in QUICK.sources() if source not in sources]
+    objects = [object_of(source, arch) for source in QUICK.sources() if source not in sources]
 
     def there(paths: Iterable[Path]) -> tuple[Path, ...]:
         return tuple(copy / path.relative_to(csrc()) for path in paths)
@@ -79,22 +79,22 @@ def read_by(source: Path) -> set[Path]:
     return set(map(Path, shlex.split(said.replace("\\\n", " "))[1:]))
 
 
-def object_of(source: Path) -> str:
+def object_of(source: Path, arch: str) -> str:
     """One source by itself, compiled once and kept in the cache."""
     alone = attrs.evolve(
         QUICK, sources=lambda: (source,), link_flags=lambda compiler, arch: ("-r", "-nostdlib")
     )
-    return str(build.build(alone, ARCH))
+    return str(build.build(alone, arch))
 
 
-def verdict(op: str, platform: Platform, output: Path) -> str:
+def verdict(op: str, platform: Platform, arch: str, output: Path) -> str:
     """What the op's cases say of a library, in a child process: "passed", a case or a crash."""
-    library = build.build(platform, ARCH, output)
+    library = build.build(platform, arch, output)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        os.write(writing, _first_failure(op, platform, library).encode())
+        os.write(writing, _first_failure(op, platform, arch, library).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
@@ -103,11 +103,11 @@ def verdict(op: str, platform: Platform, output: Path) -> str:
     return said if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else f"crash ({status})"
 
 
-def _first_failure(op: str, platform: Platform, library: Path) -> str:
+def _first_failure(op: str, platform: Platform, arch: str, library: Path) -> str:
     from kernelhub.backends.native.library import Library
 
-    kernels = Kernels(platform, "cpu", lambda device: ARCH, lambda index: 0)
-    kernels._libraries[ARCH] = Library(library, "simt")
+    kernels = Kernels(platform, "cpu", lambda device: arch, lambda index: 0)
+    kernels._libraries[arch] = Library(library, "simt")
     made = kernels.implementations((op,))
     registry.add_backend(Backend("mutant", made, device_types=("cpu",), automatic=False))
     for case in sorted(registry.spec(op).cases(), key=lambda case: case.kind == "typical"):
@@ -119,14 +119,15 @@ def _first_failure(op: str, platform: Platform, library: Path) -> str:
 
 @pytest.mark.parametrize(("op", "mutant"), MUTANTS, ids=_IDS)
 def test_mutant_is_caught(op: str, mutant: Mutant, tmp_path: Path) -> None:
-    assert verdict(op, mutated(mutant, tmp_path), tmp_path / "library") != "passed"
+    platform = mutated(mutant, tmp_path)
+    assert verdict(op, platform, mutant.arch, tmp_path / "library") != "passed"
 
 
-@pytest.mark.parametrize("op", abi.OPS)
-def test_the_kernel_itself_passes(op: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("op", "arch"), sorted({(op, mutant.arch) for op, mutant in MUTANTS}))
+def test_the_kernel_itself_passes(op: str, arch: str, tmp_path: Path) -> None:
     """Else the lane above would catch everything."""
-    library = compiling([csrc() / "musa" / "library.mu"], csrc())
-    assert verdict(op, library, tmp_path / "library") == "passed"
+    platform = compiling([csrc() / "musa" / "library.mu"], csrc(), arch)
+    assert verdict(op, platform, arch, tmp_path / "library") == "passed"
 
 
 @pytest.mark.parametrize("op", abi.OPS)

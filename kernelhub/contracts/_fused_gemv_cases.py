@@ -289,7 +289,9 @@ def _epilogue_cases() -> Iterator[Case]:
         "boundary",
         _make("dense", 2, 33, 16, norm=torch.float32, dtype=torch.float32, options={"eps": 0}),
     )
-    yield Case("norm-n1", "boundary", _make("dense", 3, 1, 16, norm=torch.float32))
+    for n in (1, 300):
+        make = _make("dense", 3, n, 16, norm=torch.float32, dtype=torch.float32)
+        yield Case(f"norm-n{n}", "boundary", make)
     for activation in ("silu", "gelu_tanh", "swiglu"):
         # From the far left, where results underflow, to the far right.
         yield Case(
@@ -317,6 +319,15 @@ def _shape_cases() -> Iterator[Case]:
     for n in (1, 2, 5, 65, 129):
         weights = ("dense", "w8a16", "w8a8", "w4a16")[n % 4]
         yield Case(f"{weights}-n{n}", "boundary", _make(weights, 2, n, 64))
+    for weights in ("dense", "w8a16", "w8a8"):  # whole vectors, more rows than a tile has
+        yield Case(f"{weights}-k256", "boundary", _make(weights, 3, 70, 256))
+    # Rows begin at vectors and end within one.
+    for weights, k in (("dense", 61), ("w8a16", 61), ("w4a16", 58)):
+        yield Case(
+            f"padded-to-vectors-{weights}",
+            "boundary",
+            _altered(_make(weights, 3, 9, k), x=padded_rows, weight=padded_rows),
+        )
     for layout in _LAYOUTS:
         for weights in ("dense", "w8a16", "w8a8", "w4a16"):
             how = {"group": 32, "zeros": True} if weights == "w4a16" else {"group": 64}
@@ -485,6 +496,15 @@ def _hostile_data_cases() -> Iterator[Case]:
         "hostile",
         _altered(_make("w8a8", 3, 9, 33), x=lambda x: _filled(x, (2, 32), math.nan)),
     )
+    # NaN at each place of a vector of codes, one to a row.
+    places = (range(16), range(16))
+    for weights, name in (("w8a16", "weight"), ("w8a8", "weight"), ("w8a8", "x")):
+        yield Case(
+            f"{weights}-{name}-nan-at-each-place",
+            "hostile",
+            _altered(_make(weights, 17, 18, 16), **{name: lambda t: _filled(t, places, math.nan)}),
+        )
+    # One vector of codes to a row: infinite sums of several would make a NaN of their own.
     for weights in ("w8a16", "w4a16"):
         how = {"scale": "channel"} if weights == "w8a16" else {}
         for value in (math.nan, math.inf, 0.0, -2.0):
@@ -492,10 +512,17 @@ def _hostile_data_cases() -> Iterator[Case]:
                 f"{weights}-scale-{value}",
                 "hostile",
                 _altered(
-                    _make(weights, 3, 9, 64, **how),
+                    _make(weights, 3, 9, 16, **how),
                     weight_scale=lambda s, v=value: _filled(s, (4, 0), v),
                 ),
             )
+    yield Case(
+        "w8a8-x-scale-inf",
+        "hostile",
+        _altered(
+            _make("w8a8", 3, 9, 16, x_scale="row"), x_scale=lambda s: _filled(s, (1, 0), math.inf)
+        ),
+    )
     yield Case(
         "int4-zero-200",
         "hostile",

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelhub.contracts._cases import every_second, misaligned, normal, padded_rows, transposed
+from kernelhub.contracts._cases import (
+    every_second,
+    misaligned,
+    normal,
+    padded_rows,
+    transposed,
+    unused,
+)
 from kernelhub.contracts._weights import (
     FLOATS,
     FP8,
@@ -134,6 +141,14 @@ def _experts_last(t: Tensor) -> Tensor:
     return t.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
+def _apart(t: Tensor) -> Tensor:
+    """The same values, contiguous but for one unused element after each expert."""
+    wide = unused(t.shape[0], t[0].numel() + 1, dtype=t.dtype)
+    view = wide[:, :-1].view(t.shape)
+    view.copy_(t)
+    return view
+
+
 def _spoiled(g: torch.Generator, to: list[list[int]], scheme: str, reduce: bool) -> dict[str, Any]:
     """NaN in every place that is none of a call's business: masked slots, experts not chosen."""
     made = _routed(g, to, scheme, per_slot=True, weights=torch.float32, reduce=reduce)
@@ -247,6 +262,8 @@ def _size_cases(good: Callable[..., Case]) -> Iterator[Case]:
         yield good(f"n{n}-k{k}", n=n, k=k, dtype=torch.float32, per_slot=True)
         yield good(f"fp8-n{n}-k{k}", "fp8", n=n, k=k)
         yield good(f"int4-n{n}-k{2 * k}", "int4", n=n, k=2 * k)
+    # An expert's places are far apart, and more than 16.
+    yield good("m48-slots8", tokens=48, slots=8, experts=9, n=5, k=16, weights=torch.float32)
     yield good("swiglu-n2", n=2, k=5, dtype=torch.float32, activation="swiglu")
     yield good("one-expert", experts=1, slots=1)
     yield good("every-expert", experts=8, slots=8, reduce=True, weights=torch.float32)
@@ -294,6 +311,11 @@ def _layout_cases() -> Iterator[Case]:
         "int4", ("weight", "weight_scale"), _experts_last, scheme="int4", n=12, k=64, group=32
     )
     yield laid_out("fp8", ("weight", "weight_scale"), _experts_last, scheme="fp8", n=150, k=140)
+    # Rows stand at aligned distances, experts do not.
+    yield laid_out("dense", ("weight",), _apart)
+    yield laid_out(
+        "int4", ("weight", "weight_scale", "weight_zero"), _apart, scheme="int4", zeros=True
+    )
     yield Case(
         "one-row-for-all-tokens", "boundary",
         lambda g: _arguments(g, tokens=1) | {

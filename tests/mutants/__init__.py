@@ -9,10 +9,12 @@ import attrs
 class Mutant:
     """Replace `old` (which occurs exactly once in `module`'s source) by `new`.
 
-    `module` is a Python module, or for a kernel a file below `csrc`.
+    `module` is a Python module, or for a kernel a file below `csrc`, whose emulator has warps as
+    `arch` says: some code is for one width alone.
     """
 
     name: str
     module: str
     old: str
     new: str
+    arch: str = "warp32"

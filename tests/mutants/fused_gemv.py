@@ -73,3 +73,188 @@ MUTANTS = (
     ),
     Mutant("gelu-exact", _WEIGHTS, 'approximate="tanh"', 'approximate="none"'),
 )
+
+_ARGUMENTS = "common/gemv.muh"
+_BLOCK = "common/gemv_block.muh"
+_PRODUCT = "common/matrix.muh"
+_MATRIX = "musa/gemv_matrix.mu"  # at 32 lanes all but fp32
+_FMA = "musa/gemv.mu"  # at 128 lanes everything
+_NORM = "musa/fused_gemv.mu"
+
+
+def _wide(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, _FMA, old, new, arch="warp128")
+
+
+KERNEL_MUTANTS = (
+    # From tensors to a problem.
+    Mutant("address-unchecked", _ARGUMENTS, "!aligned(t.data, access) || ", ""),
+    Mutant("row-stride-unchecked", _ARGUMENTS, "c.row_stride % access != 0 ||", ""),
+    Mutant("end-of-row-outside-vectors", _ARGUMENTS, "row_bytes % access != 0))", "false))"),
+    Mutant("group-32-as-64", _ARGUMENTS, "== 32 ? 5 :", "== 32 ? 6 :"),
+    Mutant(
+        "blocks-always-of-128",
+        _ARGUMENTS,
+        "p.weight_scale.rows_an_entry = static_cast<int32_t>(w.group_size);",
+        "p.weight_scale.rows_an_entry = 128;",
+    ),
+    Mutant(
+        "groups-of-x-ignored",
+        _ARGUMENTS,
+        "grouped = grouped || (!whole && of_x.shape[1] > 1);",
+        "",
+    ),
+    Mutant(
+        "stride-of-one-row-counts",
+        _ARGUMENTS,
+        "return t.shape[d] == 1 ? 0 : t.stride[d];",
+        "return t.stride[d];",
+    ),
+    # Loads, rows and columns.
+    Mutant(
+        "vector-past-row",
+        _BLOCK,
+        "if (index >= c.accesses_a_row) return make_uint4(0, 0, 0, 0);",
+        "",
+    ),
+    Mutant("gather-past-row", _BLOCK, "if (access < accesses_a_row) word[w] |=", "word[w] |="),
+    Mutant("columns-beyond-16-dropped", _BLOCK, "? (p.columns + width - 1) / width", "? 1"),
+    Mutant("up-is-gate", _BLOCK, "return up ? p.outputs + row : row;", "return row;"),
+    Mutant(
+        "partial-tile-dropped",
+        _BLOCK,
+        "static_cast<unsigned>(ceil_div(p.outputs, outputs))",
+        "static_cast<unsigned>(p.outputs < outputs ? 1 : p.outputs / outputs)",
+    ),
+    # Epilogue.
+    Mutant(
+        "gate-and-up-swapped",
+        _BLOCK,
+        "silu(v) * sum_of(outputs + r, column, p.outputs + row)",
+        "v * silu(sum_of(outputs + r, column, p.outputs + row))",
+    ),
+    Mutant("bias-of-row-in-tile", _BLOCK, "row * p.bias.row_stride", "r * p.bias.row_stride"),
+    Mutant(
+        "bias-of-gate-for-up",
+        _BLOCK,
+        "sum_of(outputs + r, column, p.outputs + row)",
+        "sum_of(outputs + r, column, row)",
+    ),
+    Mutant(
+        "norm-over-another-count",
+        _NORM,
+        "static_cast<float>(n.columns));",
+        "static_cast<float>(n.columns + 1));",
+    ),
+    Mutant(
+        "norm-of-256-outputs",
+        _NORM,
+        "i += kThreads) sum = fmaf(row[i], row[i], sum);",
+        "i += n.columns) sum = fmaf(row[i], row[i], sum);",
+    ),
+    Mutant("eps-outside-the-root", _NORM, "sqrtf(mean + n.eps)", "sqrtf(mean) + n.eps"),
+    Mutant("norm-weight-stride-ignored", _NORM, "i * n.weight_stride", "i"),
+    # The matrix unit.
+    Mutant(
+        "sums-transposed",
+        _PRODUCT,
+        "p.row[i] = number / kTile;\n      p.column[i] = number %",
+        "p.row[i] = number % kTile;\n      p.column[i] = number /",
+    ),
+    Mutant(
+        "second-tile-is-the-first",
+        _PRODUCT,
+        "rows + p * kTile * stride + s * kTile),\n            stride",
+        "rows + s * kTile),\n            stride",
+    ),
+    Mutant("uneven-taken-for-even", _MATRIX, "p.k % F::kSlice == 0;", "true;"),
+    Mutant("last-slice-dropped", _MATRIX, "slices_((p.k + F::kSlice - 1) /", "slices_(p.k /"),
+    Mutant("int4-zero-ignored", _MATRIX, "pair_of<T>(zero)", "pair_of<T>(8)"),
+    Mutant(
+        "nibbles-in-another-order",
+        _MATRIX,
+        "make_uint4(low(v.x, v.z), high(v.x, v.z), low(v.y, v.w), high(v.y, v.w))",
+        "make_uint4(low(v.x, v.y), high(v.x, v.y), low(v.z, v.w), high(v.z, v.w))",
+    ),
+    Mutant(
+        "fp8-nan-is-480",
+        _MATRIX,
+        "if (nans(q[0]) | nans(q[1]) | nans(q[2]) | nans(q[3])) {",
+        "if (false) {",
+    ),
+    Mutant("fp8-nan-in-last-word-is-480", _MATRIX, " | nans(q[3])) {", ") {"),
+    Mutant(
+        "fp8-subnormals-lost",
+        _MATRIX,
+        "return multiply_bf16_pairs(a, b);",
+        # As hardware that takes bf16's subnormals for zero.
+        "if ((a & 0x7f80u) == 0) a &= 0xffff8000u;\n"
+        "    if ((a & 0x7f800000u) == 0) a &= 0x8000ffffu;\n"
+        "    return multiply_bf16_pairs(a, b);",
+    ),
+    Mutant("infinite-scale-kept", _MATRIX, "return scale + (scale - scale);", "return scale;"),
+    Mutant(
+        "scale-of-row-below",
+        _MATRIX,
+        "row / p.weight_scale.rows_an_entry",
+        "(row + 1) / p.weight_scale.rows_an_entry",
+    ),
+    Mutant(
+        "scale-of-group-after",
+        _MATRIX,
+        "slice * F::kSlice + segment * kSegment;",
+        "slice * F::kSlice + (segment + 1) * kSegment;",
+    ),
+    Mutant("groups-of-64-unsplit", _MATRIX, "p_.group_shift < 7", "p_.group_shift < 6"),
+    Mutant(
+        "x-scale-by-row-of-weight",
+        _MATRIX,
+        "column_scale[segment][places_.column[i]]",
+        "column_scale[segment][places_.row[i]]",
+    ),
+    Mutant(
+        "sums-read-early",
+        _MATRIX,
+        "        __syncthreads();\n        finish<",
+        "        finish<",
+    ),
+    # Multiply-add.
+    _wide("staged-past-row", "first + k + j < p.k ? x_at", "true ? x_at"),
+    _wide("vectors-staged-past-row", "if (vectors && first + k < p.k) {", "if (vectors) {"),
+    _wide("last-step-dropped", "steps_((p.k + kStep - 1) / kStep)", "steps_(p.k / kStep)"),
+    _wide(
+        "staged-over-what-is-read",
+        "          __syncthreads();\n          stage_columns",
+        "          stage_columns",
+    ),
+    _wide(
+        "warps-sums-read-early",
+        "              sum;\n      }\n    }\n    __syncthreads();",
+        "              sum;\n      }\n    }",
+    ),
+    _wide("int4-zero-ignored", "if (zero != 8) {", "if (false) {"),
+    _wide(
+        "nibbles-swapped", "to[i] = __uint_as_float(bits) -", "to[i ^ 1] = __uint_as_float(bits) -"
+    ),
+    _wide(
+        "fp8-nan-is-480",
+        "if ((((q & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0) {",
+        "if (false) {",
+    ),
+    _wide("fp8-x-nan-is-480", "if (magnitude == 0x7f) return __uint_as_float(0x7fffffffu);", ""),
+    _wide("fp8-x-subnormals-lost", "static_cast<float>(magnitude) * 0x1p-9f", "0.f"),
+    _wide("infinite-scale-kept", "return scale + (scale - scale);", "return scale;"),
+    _wide("scale-of-row-below", "row / p.weight_scale", "(row + 1) / p.weight_scale"),
+    _wide(
+        "scale-of-group-after",
+        "const int k = vector * F::kElements;",
+        "const int k = (vector + 1) * F::kElements;",
+    ),
+    _wide(
+        "zero-of-first-group",
+        "[zero_at_[r] + group * int64_t{p_.weight_zero.group_stride}]",
+        "[zero_at_[r]]",
+    ),
+    _wide("x-scale-of-first-group", "(k >> p.group_shift) *", "0 *"),
+)
+"""Faults of the kernels, run by the `simt` backend."""

@@ -101,3 +101,102 @@ MUTANTS = (
     Mutant("out-dtype-ignored", _MODULE, "out_dtype or (", "("),
     Mutant("out-not-written", _MODULE, "else out.copy_(y)", "else out"),
 )
+
+_ARGUMENTS = "common/gemv.muh"
+_BLOCK = "common/gemv_block.muh"
+_MATRIX = "musa/gemv_matrix.mu"  # at 32 lanes all but fp32
+_FMA = "musa/gemv.mu"  # at 128 lanes everything
+_SUM = "musa/fused_moe_gemv.mu"
+
+KERNEL_MUTANTS = (
+    Mutant("expert-stride-unchecked", _ARGUMENTS, "c.expert_stride % access != 0 ||", ""),
+    Mutant("x-of-slots-by-token", _SUM, "a.x_per_slot ? static_cast<int32_t>(slots) : 1;", "1;"),
+    # Ids.
+    Mutant("ids-always-int32", _BLOCK, "t.dtype == KH_INT64 ?", "false ?"),
+    Mutant(
+        "ids-cut-to-32-bits",
+        _BLOCK,
+        "? static_cast<const int64_t*>(t.data)[at]",
+        "? static_cast<int32_t>(static_cast<const int64_t*>(t.data)[at])",
+    ),
+    Mutant(
+        "slot-stride-of-ids-ignored",
+        _BLOCK,
+        "(place - token * p.slots) * p.topk_ids.group_stride",
+        "(place - token * p.slots)",
+    ),
+    Mutant("negative-ids-read", _MATRIX, "found.expert >= 0 && ", ""),
+    Mutant("id-E-read", _MATRIX, "found.expert < p.num_experts;", "found.expert <= p.num_experts;"),
+    Mutant("outside-not-zeroed", _MATRIX, "write_zeros<kRows>(p, tile, columns[0]);", ""),
+    Mutant(
+        "zeros-in-one-tile",
+        _BLOCK,
+        "if (tile * outputs + r < p.outputs)",
+        "if (tile == 0 && r < p.outputs)",
+    ),
+    # Places of an expert.
+    Mutant(
+        "duplicates-dropped",
+        _BLOCK,
+        "taken = taken || i < own;",
+        "taken = taken || i < own;\n      if (i == own)",
+    ),
+    Mutant(
+        "places-beyond-256-dropped",
+        _BLOCK,
+        "first = item / kPlaces * kPlaces, left",
+        "first = 0, left",
+    ),
+    Mutant(
+        "columns-beyond-16-dropped", _MATRIX, "first < found.count; first +=", "first < 1; first +="
+    ),
+    Mutant(
+        "first-columns-again",
+        _MATRIX,
+        "describe_columns(p, found, first, count, columns);\n        Products",
+        "describe_columns(p, found, 0, count, columns);\n        Products",
+    ),
+    # Weights of experts and of slots.
+    Mutant(
+        "weight-of-first-expert",
+        _MATRIX,
+        "p.weight.data + expert * p.weight.expert_stride",
+        "p.weight.data",
+    ),
+    Mutant("scale-of-first-expert", _MATRIX, "expert * p.weight_scale.expert_stride +", ""),
+    Mutant("zero-of-first-expert", _MATRIX, "expert * p.weight_zero.expert_stride +", ""),
+    Mutant("topk-weight-of-first-slot", _BLOCK, "slot * p.topk_weights.group_stride", "0"),
+    Mutant(
+        "topk-weight-after-activation",
+        _BLOCK,
+        "v = silu(v) * sum_of",
+        "v = silu(v / columns[column].weight) * sum_of",  # up has the weight already
+    ),
+    # The sum over slots.
+    Mutant("slots-of-another-token", _SUM, "token * s.slots * s.columns", "token * s.columns"),
+    Mutant("last-slot-not-summed", _SUM, "slot < s.slots;", "slot + 1 < s.slots;"),
+    # Multiply-add.
+    Mutant("scale-of-first-expert", _FMA, "expert * p.weight_scale.expert_stride +", "", "warp128"),
+    Mutant(
+        "columns-beyond-16-dropped",
+        _FMA,
+        "first < found.count; first +=",
+        "first < 1; first +=",
+        "warp128",
+    ),
+    Mutant(
+        "id-E-read",
+        _FMA,
+        "found.expert < p.num_experts;",
+        "found.expert <= p.num_experts;",
+        "warp128",
+    ),
+    Mutant(
+        "outside-not-zeroed",
+        _FMA,
+        "write_zeros<Work::kTileRows>(p, tile, columns[0]);",
+        "",
+        "warp128",
+    ),
+)
+"""Faults of the kernels, run by the `simt` backend."""
