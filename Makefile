@@ -18,7 +18,7 @@ lanes: $(READY)
 	PYTHON=$(BIN)/python bash tests/lanes.sh
 
 nightly: $(READY)
-	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_hostile.py $(PYTEST)
+	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_kernel_mutants.py $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
