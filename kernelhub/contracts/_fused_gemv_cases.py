@@ -504,7 +504,6 @@ def _hostile_data_cases() -> Iterator[Case]:
             "hostile",
             _altered(_make(weights, 17, 18, 16), **{name: lambda t: _filled(t, places, math.nan)}),
         )
-    # One vector of codes to a row: infinite sums of several would make a NaN of their own.
     for weights in ("w8a16", "w4a16"):
         how = {"scale": "channel"} if weights == "w8a16" else {}
         for value in (math.nan, math.inf, 0.0, -2.0):
@@ -512,17 +511,27 @@ def _hostile_data_cases() -> Iterator[Case]:
                 f"{weights}-scale-{value}",
                 "hostile",
                 _altered(
-                    _make(weights, 3, 9, 16, **how),
+                    _make(weights, 3, 9, 64, **how),
                     weight_scale=lambda s, v=value: _filled(s, (4, 0), v),
                 ),
             )
-    yield Case(
-        "w8a8-x-scale-inf",
-        "hostile",
-        _altered(
-            _make("w8a8", 3, 9, 16, x_scale="row"), x_scale=lambda s: _filled(s, (1, 0), math.inf)
-        ),
-    )
+    # All products of one sign, as infinite sums of two would make a NaN of their own.
+    for weights, name, k in (
+        ("w8a16", "weight_scale", 64),
+        ("w8a8", "x_scale", 64),
+        ("w4a16", "weight_scale", 128),
+    ):
+        code = 0x99 if weights == "w4a16" else 1
+        yield Case(
+            f"{weights}-{name}-inf-of-ones",
+            "hostile",
+            _altered(
+                _make(weights, 3, 9, k),
+                x=lambda x: torch.ones(x.shape).to(x.dtype),
+                weight=lambda w, c=code: torch.full(w.shape, c).to(w.dtype),
+                **{name: lambda s: _filled(s, (0, 0), math.inf)},
+            ),
+        )
     yield Case(
         "int4-zero-200",
         "hostile",

@@ -228,6 +228,11 @@ KERNEL_MUTANTS = (
         "          stage_columns",
     ),
     _wide(
+        "multiplied-before-staged",
+        "staged_, line);\n          __syncthreads();",
+        "staged_, line);",
+    ),
+    _wide(
         "warps-sums-read-early",
         "              sum;\n      }\n    }\n    __syncthreads();",
         "              sum;\n      }\n    }",
@@ -244,6 +249,11 @@ KERNEL_MUTANTS = (
     _wide("fp8-x-nan-is-480", "if (magnitude == 0x7f) return __uint_as_float(0x7fffffffu);", ""),
     _wide("fp8-x-subnormals-lost", "static_cast<float>(magnitude) * 0x1p-9f", "0.f"),
     _wide("infinite-scale-kept", "return scale + (scale - scale);", "return scale;"),
+    _wide(
+        "infinite-x-scale-kept",
+        "fp8_to_float(*at) * infinite_is_nan(scale)",
+        "fp8_to_float(*at) * scale",
+    ),
     _wide("scale-of-row-below", "row / p.weight_scale", "(row + 1) / p.weight_scale"),
     _wide(
         "scale-of-group-after",

@@ -156,6 +156,12 @@ KERNEL_MUTANTS = (
         "describe_columns(p, found, first, count, columns);\n        Products",
         "describe_columns(p, found, 0, count, columns);\n        Products",
     ),
+    Mutant(
+        "next-columns-too-early",
+        _MATRIX,
+        "columns[0]);\n      }\n      __syncthreads();",
+        "columns[0]);\n      }",
+    ),
     # Weights of experts and of slots.
     Mutant(
         "weight-of-first-expert",
@@ -196,6 +202,13 @@ KERNEL_MUTANTS = (
         _FMA,
         "write_zeros<Work::kTileRows>(p, tile, columns[0]);",
         "",
+        "warp128",
+    ),
+    Mutant(
+        "next-columns-too-early",
+        _FMA,
+        "columns[0]);\n      }\n      __syncthreads();",
+        "columns[0]);\n      }",
         "warp128",
     ),
 )
