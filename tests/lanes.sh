@@ -12,10 +12,10 @@ lane() {  # OPTIONS [RUNTIME [PATTERNS]]
     KERNELHUB_SIMT=$1 LD_PRELOAD=${2:-} "$python" tests/vendor/run_cases.py simt cpu "${3:-*}"
 }
 
-# ThreadSanitizer takes about a millisecond a GPU thread. Every kernel and scheme but RMSNorm is there
+# ThreadSanitizer takes about a millisecond a GPU thread. Every kernel, scheme and RMSNorm is there
 # once with few rows: tails, groups, masked experts, the sum over slots, one and several blocks a row.
 races='rotary_embedding/*,fused_mul_add/*'
-races+=',fused_gemv/*-k257*,fused_gemv/*-k129*,fused_gemv/*-m1,fused_gemv/int4-g32-*'
+races+=',fused_gemv/*-k257*,fused_gemv/*-k129*,fused_gemv/*-m1,fused_gemv/int4-g32-*,fused_gemv/*-norm'
 races+=',fused_moe_gemv/*n9-k257,fused_moe_gemv/int4-n9-k514,fused_moe_gemv/every-code-*'
 races+=',fused_moe_gemv/ids-masked-*-shared,fused_moe_gemv/ids-duplicates-reduce-swiglu'
 races+=',top_k_top_p_sampling_from_probs/misaligned-*'
