@@ -1,6 +1,8 @@
 """Runs every case of the compiled ops on a backend, for tools that watch a process.
 
-python tests/vendor/run_cases.py BACKEND [DEVICE] [CASE-PATTERN]
+python tests/vendor/run_cases.py BACKEND [DEVICE] [PATTERNS]
+
+PATTERNS are globs of CASE or OP/CASE, with commas between.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from kernelhub.backends.native import abi
 from kernelhub.testing import run_case
 
 
-def main(backend: str, device: str = "cpu", pattern: str = "*") -> int:
+def main(backend: str, device: str = "cpu", patterns: str = "*") -> int:
     if backend == "musa_on_cuda":
         import tests.vendor.musa_on_cuda_backend  # noqa: F401
     plugins.load()
     ran = failed = 0
     for op in abi.OPS:
         for case in registry.spec(op).cases():
-            if not fnmatchcase(case.name, pattern):
+            names = (case.name, f"{op}/{case.name}")
+            if not any(fnmatchcase(name, p) for name in names for p in patterns.split(",")):
                 continue
             outcome = run_case(op, case, backend, device)
             ran += 1
