@@ -256,10 +256,7 @@ def test_far_offsets_of_gemv(name: str) -> None:
     assert close("fused_gemv", near, **given)
 
 
-IN_32_BITS = pytest.mark.xfail(run=False, reason="the step between groups is kept in 32 bits")
-
-
-@pytest.mark.parametrize("dim", [0, pytest.param(1, marks=IN_32_BITS)])
+@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", ["weight_scale", "weight_zero", "x_scale"])
 def test_far_offsets_of_scales(name: str, dim: int) -> None:
     given = scheme("w8a8" if name == "x_scale" else "int4", 2, 256, m=2)
@@ -271,7 +268,7 @@ def test_far_offsets_of_scales(name: str, dim: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [("weight", 0), ("topk_ids", 0), pytest.param("topk_ids", 1, marks=IN_32_BITS)],
+    [("weight", 0), ("topk_ids", 0), ("topk_ids", 1)],
 )
 def test_far_offsets_of_experts(name: str, dim: int) -> None:
     ids = torch.tensor([[1, 0], [1, 1]], dtype=torch.int32)

@@ -4,7 +4,7 @@
 // gemv_matrix.mu where the table of tiles says so.
 //
 // Bound by memory for few columns, by multiply-adds for many: every code of the weight is read and
-// decoded once for up to 16 columns. A block (blockIdx.x) makes a tile of 8, 16 or 32 rows of the
+// decoded once for up to 16 columns. A block (blockIdx.x) makes a tile of 8 or 16 rows of the
 // weight with four warps, which share out K. Of a warp, four lanes stand along a row and load 16
 // bytes each, so that a load takes 64 bytes of 8 rows; several are in flight. The columns' part of
 // K lies in shared memory as fp32, staged by all warps, as much at a time as fits. Scales multiply
@@ -168,7 +168,7 @@ template <class F, int kRows, int kColumns, bool kEven>
 class Block {
  public:
   static constexpr int kStep = kRowLanes * F::kElements;  // elements of K that a warp takes
-  static constexpr int kDepth = kRows == 1 ? 4 : kRows == 2 ? 3 : 2;  // steps in flight
+  static constexpr int kDepth = kRows == 1 ? 4 : 3;       // steps in flight
   static constexpr int kTileRows = kRows * kRowsALoad;
   static constexpr int kSumsLine = kTileRows + 4;
   static_assert(kStagedElements / kMostColumns % (kStep * kWarps) == 0,
@@ -399,10 +399,6 @@ int32_t choose_tile(const Problem& p, int64_t tile, stream_t stream) {
     case kRows16:
       if (most == 1) return launch_tile<F, 2, 1, true>(p, stream);
       if (most <= 4) return launch_tile<F, 2, 4, true>(p, stream);
-      return launch_tile<F, 2, 16, true>(p, stream);
-    case kRows32:
-      if (most == 1) return launch_tile<F, 4, 1, true>(p, stream);
-      if (most <= 4) return launch_tile<F, 4, 4, true>(p, stream);
       return launch_tile<F, 2, 16, true>(p, stream);
     default:
       return fail(kBadArgument, "'tile': %lld is not for these dtypes",

@@ -21,6 +21,9 @@ enum Scheme { kDense, kFp8, kInt4 };
 
 constexpr int kPadBytes = 16;  // rows of a tile begin on different banks
 
+constexpr int kSegment = 32;     // elements of K; the least size of a group
+constexpr int kMaxSegments = 4;  // of a slice
+
 // kLineBytes of operands in shared memory, 128 or 256, make a row's part of a slice.
 template <class T, int kSchemeOf, bool kFp8X, int kLineBytes>
 struct FormatOf {
@@ -42,8 +45,8 @@ struct FormatOf {
   static constexpr int kXVectors = kTile * kXRowVectors / kLanes;
 };
 
-constexpr int kSegment = 32;  // elements of K; the least size of a group
-constexpr int kMaxSegments = 4;
+template <class F>
+constexpr int kBetween = F::kSlice / kSegment / 2;  // segments of half a slice
 
 template <class F, int kRowTiles>
 struct alignas(32) WarpTiles {
@@ -311,7 +314,7 @@ class Warp {
     uint4 x[kAtOnce];
     load_columns<kAtOnce>(x, slice, 0);
     Scales scales;
-    if constexpr (F::kScheme != kDense) load_scales(scales, slice, kBetween - 1);
+    if constexpr (F::kScheme != kDense) load_scales(scales, slice, kBetween<F> - 1);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -331,8 +334,8 @@ class Warp {
         }
     store_columns<kAtOnce>(x, 0);
     if constexpr (F::kScheme != kDense) {
-      store_scales(scales, kBetween - 1);
-      for (int s = 0; short_groups && s + 1 < kBetween; ++s) {
+      store_scales(scales, kBetween<F> - 1);
+      for (int s = 0; short_groups && s + 1 < kBetween<F>; ++s) {
         load_scales(scales, slice, s);
         store_scales(scales, s);
       }
@@ -380,13 +383,12 @@ class Warp {
 
   // Half of the lanes has the rows' and columns' scales at the end of either half of a slice.
   // Groups of 32 end between as well.
-  static constexpr int kBetween = F::kSlice / kSegment / 2;
   struct Scales {
     float row[kRowTiles], column;
   };
 
   __device__ __forceinline__ void load_scales(Scales& to, int slice, int s) const {
-    const int group = group_of(slice, lane_ / kTile * kBetween + s);
+    const int group = group_of(slice, lane_ / kTile * kBetween<F> + s);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
       to.row[r] = scale_at<F::kScheme == kFp8>(
@@ -399,7 +401,7 @@ class Warp {
   }
 
   __device__ __forceinline__ void store_scales(const Scales& from, int s) {
-    const int segment = lane_ / kTile * kBetween + s;
+    const int segment = lane_ / kTile * kBetween<F> + s;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
       tiles_.row_scale[segment][r * kTile + lane_ % kTile] = from.row[r];

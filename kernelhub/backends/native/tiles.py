@@ -23,7 +23,7 @@ from kernelhub.spec import Args
 
 VARIABLE = "KERNELHUB_TILES"
 
-GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "r8", "r16", "r32")
+GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "r8", "r16")
 """By rows of the weight to a block. `m` runs on the matrix unit, with `w` warps; `r` does without
 and takes fp32 too. In the order of csrc/common/gemv.muh."""
 
