@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lanes lint wheel nightly clean
+.PHONY: demo test lanes coverage lint wheel nightly clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -13,9 +13,13 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 	$(BIN)/python -m pytest -n 2 tests/emulation $(PYTEST)
 
-# The compiled kernels on the emulator: warp widths, thread orders, sanitizers, coverage.
+# The compiled kernels on the emulator: warp widths, thread orders, sanitizers.
 lanes: $(READY)
 	PYTHON=$(BIN)/python bash tests/lanes.sh
+
+# Which lines of the kernels the cases execute. Takes a quarter of an hour.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernel_coverage
 
 nightly: $(READY)
 	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_kernel_mutants.py $(PYTEST)
