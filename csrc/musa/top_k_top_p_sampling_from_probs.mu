@@ -305,7 +305,8 @@ __device__ __forceinline__ void sums_before(uint64_t (&v)[N], uint64_t (&all)[N]
   if (in_first_warp()) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint64_t through = warp_sum_through(s.scratch[n][lane()]);
+      // The others of a wider warp bring nothing: they would read what the first 32 write.
+      const uint64_t through = warp_sum_through(warp() == 0 ? s.scratch[n][lane()] : 0);
       if (warp() == 0) s.scratch[n][lane()] = through;
     }
   }
