@@ -20,12 +20,6 @@ struct Norm {
   float eps;
 };
 
-__device__ __forceinline__ float read(const void* data, int32_t dtype, int64_t at) {
-  if (dtype == KH_FLOAT32) return static_cast<const float*>(data)[at];
-  if (dtype == KH_FLOAT16) return to_float(static_cast<const half_t*>(data)[at]);
-  return to_float(static_cast<const bf16_t*>(data)[at]);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(Norm n) {
   __shared__ float squares[kThreads];
@@ -42,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(Norm n) {
   const float scale = __fdiv_rn(1.f, sqrtf(mean + n.eps));
   T* out = static_cast<T*>(n.out) + static_cast<int64_t>(blockIdx.x) * n.out_row_stride;
   for (int64_t i = threadIdx.x; i < n.columns; i += kThreads) {
-    const float weight = read(n.weight, n.weight_dtype, i * n.weight_stride);
+    const float weight = read_float(n.weight, n.weight_dtype, i * n.weight_stride);
     out[i * n.out_stride] = from_float<T>(row[i] * scale * weight);
   }
 }

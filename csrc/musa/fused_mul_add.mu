@@ -40,10 +40,7 @@ struct Operands {
 };
 
 __device__ __forceinline__ float scale_at(const Operands& o, int64_t offset) {
-  if (o.scale == nullptr) return o.scale_value;
-  if (o.scale_dtype == KH_FLOAT32) return static_cast<const float*>(o.scale)[offset];
-  if (o.scale_dtype == KH_FLOAT16) return to_float(static_cast<const half_t*>(o.scale)[offset]);
-  return to_float(static_cast<const bf16_t*>(o.scale)[offset]);
+  return o.scale == nullptr ? o.scale_value : read_float(o.scale, o.scale_dtype, offset);
 }
 
 // Elements [first, first + kPack) of one row of x or bias. Stride 0 repeats its one element.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel behind fused_gemv and fused_moe_gemv: out = epilogue(weight @ columns) for up to 16
-// columns at a time, each a row of x, by multiply-add in fp32. Dense fp16 and bf16 go to
-// gemv_matrix.mu where the table of tiles says so.
+// columns at a time, each a row of x, by multiply-add in fp32. All but fp32 weights go to
+// gemv_matrix.mu where the tile says so.
 //
 // Bound by memory for few columns, by multiply-adds for many: every code of the weight is read and
 // decoded once for up to 16 columns. A block (blockIdx.x) makes a tile of 8 or 16 rows of the
@@ -115,9 +115,6 @@ __device__ __forceinline__ float fp8_to_float(uint8_t code) {
                                 : __uint_as_float((magnitude << 20) + (120u << 23));
   return code & 0x80u ? -v : v;
 }
-
-// An infinite scale is NaN: what it makes of single codes is lost in the sum of a group.
-__device__ __forceinline__ float infinite_is_nan(float scale) { return scale + (scale - scale); }
 
 __device__ __forceinline__ float x_at(const Problem& p, const Column& column, int k) {
   const uint8_t* at = column.x + k * p.x_element_stride;

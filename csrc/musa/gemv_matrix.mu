@@ -180,11 +180,9 @@ __device__ __forceinline__ uint4 in_order_of(const uint4& v) {
   return v;
 }
 
-// An infinite scale is NaN: what it makes of single codes is lost in the sum of a group.
 template <bool kFloat>
 __device__ __forceinline__ float scale_at(const Table& t, int64_t at) {
-  const float scale = kFloat ? static_cast<const float*>(t.data)[at] : entry(t, at);
-  return scale + (scale - scale);
+  return infinite_is_nan(kFloat ? static_cast<const float*>(t.data)[at] : entry(t, at));
 }
 
 // ---- kernel -----------------------------------------------------------------------------------

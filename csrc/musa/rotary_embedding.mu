@@ -45,8 +45,7 @@ struct Rotation {
 // ---- kernel ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ int64_t index_at(const Indices& i, int64_t batch, int64_t token) {
-  const int64_t at = batch * i.batch_stride + token * i.token_stride;
-  return i.wide ? static_cast<const int64_t*>(i.data)[at] : static_cast<const int32_t*>(i.data)[at];
+  return read_integer(i.data, i.wide, batch * i.batch_stride + token * i.token_stride);
 }
 
 // The table's row of a token, or -1 where there is none.

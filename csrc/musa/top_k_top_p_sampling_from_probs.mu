@@ -85,8 +85,7 @@ struct Arguments {
 };
 
 __device__ __forceinline__ int64_t integer_at(const Numbers& n, int64_t i) {
-  if (n.wide) return static_cast<const int64_t*>(n.data)[i * n.stride];
-  return static_cast<const int32_t*>(n.data)[i * n.stride];
+  return read_integer(n.data, n.wide, i * n.stride);
 }
 __device__ __forceinline__ float share_at(const Numbers& n, int64_t i, float value) {
   return n.data == nullptr ? value : static_cast<const float*>(n.data)[i * n.stride];

@@ -192,7 +192,9 @@ KERNEL_MUTANTS = (
         "    if ((a & 0x7f800000u) == 0) a &= 0x8000ffffu;\n"
         "    return multiply_bf16_pairs(a, b);",
     ),
-    Mutant("infinite-scale-kept", _MATRIX, "return scale + (scale - scale);", "return scale;"),
+    Mutant(
+        "infinite-scale-kept", _BLOCK, "{ return scale + (scale - scale); }", "{ return scale; }"
+    ),
     Mutant(
         "scale-of-row-below",
         _MATRIX,
@@ -248,7 +250,13 @@ KERNEL_MUTANTS = (
     ),
     _wide("fp8-x-nan-is-480", "if (magnitude == 0x7f) return __uint_as_float(0x7fffffffu);", ""),
     _wide("fp8-x-subnormals-lost", "static_cast<float>(magnitude) * 0x1p-9f", "0.f"),
-    _wide("infinite-scale-kept", "return scale + (scale - scale);", "return scale;"),
+    Mutant(
+        "infinite-scale-kept",
+        _BLOCK,
+        "{ return scale + (scale - scale); }",
+        "{ return scale; }",
+        "warp128",
+    ),
     _wide(
         "infinite-x-scale-kept",
         "fp8_to_float(*at) * infinite_is_nan(scale)",

@@ -43,7 +43,12 @@ KERNEL_MUTANTS = (
         "if (i > 0 && i < count && stride[kScale] != 0)",
         "if (false)",
     ),
-    Mutant("scale-dtype-ignored", _KERNEL, "if (o.scale_dtype == KH_FLOAT16)", "if (true)"),
+    Mutant(
+        "scale-dtype-ignored",
+        _KERNEL,
+        "read_float(o.scale, o.scale_dtype,",
+        "read_float(o.scale, o.scale_dtype == KH_FLOAT32 ? KH_FLOAT32 : KH_FLOAT16,",
+    ),
     Mutant("bias-subtracted", _KERNEL, "to_float(biases.at[i])", "-to_float(biases.at[i])"),
     Mutant(
         "rounded-twice",
