@@ -31,8 +31,13 @@ _SLOW = ("fused_gemv", "fused_moe_gemv", "top_k_top_p_sampling_from_probs")
 _AT_MOST = 7  # of a slow op, spread over its list, in other runs: one takes up to half a minute
 
 
+def all_mutants_of(op: str) -> tuple[Mutant, ...]:
+    found = importlib.import_module(f"tests.mutants.{op}")
+    return getattr(found, "KERNEL_MUTANTS", ())
+
+
 def mutants_of(op: str) -> list[Mutant]:
-    found = getattr(importlib.import_module(f"tests.mutants.{op}"), "KERNEL_MUTANTS", ())
+    found = all_mutants_of(op)
     step = -(-len(found) // _AT_MOST) if op in _SLOW and not _NIGHTLY else 1
     return list(found[::step])
 
@@ -122,6 +127,15 @@ def _first_failure(op: str, platform: Platform, arch: str, library: Path) -> str
         if outcome.status == "failed":
             return f"{case.name}: {outcome.message}"
     return "passed"
+
+
+@pytest.mark.parametrize("op", abi.OPS)
+def test_every_fault_has_its_place(op: str) -> None:
+    """Also of those that other runs leave out, for the kernels change under them."""
+    found = {
+        (m.name, m.arch): (csrc() / m.module).read_text().count(m.old) for m in all_mutants_of(op)
+    }
+    assert {key for key, times in found.items() if times != 1} == set()
 
 
 @pytest.mark.parametrize(("op", "mutant"), MUTANTS, ids=_IDS)

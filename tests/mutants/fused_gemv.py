@@ -270,7 +270,7 @@ KERNEL_MUTANTS = (
     ),
     _wide(
         "zero-of-first-group",
-        "[zero_at_[r] + group * int64_t{p_.weight_zero.group_stride}]",
+        "[zero_at_[r] + group * p_.weight_zero.group_stride]",
         "[zero_at_[r]]",
     ),
     _wide("x-scale-of-first-group", "(k >> p.group_shift) *", "0 *"),

@@ -112,13 +112,8 @@ KERNEL_MUTANTS = (
     Mutant("expert-stride-unchecked", _ARGUMENTS, "c.expert_stride % access != 0 ||", ""),
     Mutant("x-of-slots-by-token", _SUM, "a.x_per_slot ? static_cast<int32_t>(slots) : 1;", "1;"),
     # Ids.
-    Mutant("ids-always-int32", _BLOCK, "t.dtype == KH_INT64 ?", "false ?"),
-    Mutant(
-        "ids-cut-to-32-bits",
-        _BLOCK,
-        "? static_cast<const int64_t*>(t.data)[at]",
-        "? static_cast<int32_t>(static_cast<const int64_t*>(t.data)[at])",
-    ),
+    Mutant("ids-always-int32", _BLOCK, "p.topk_ids.dtype == KH_INT64", "false"),
+    Mutant("ids-cut-to-32-bits", _BLOCK, "return read_integer(", "return (int32_t)read_integer("),
     Mutant(
         "slot-stride-of-ids-ignored",
         _BLOCK,
@@ -138,8 +133,8 @@ KERNEL_MUTANTS = (
     Mutant(
         "duplicates-dropped",
         _BLOCK,
-        "taken = taken || i < own;",
-        "taken = taken || i < own;\n      if (i == own)",
+        "c.list[atomicAdd(&c.count, 1)] =",
+        "if (i == own) c.list[atomicAdd(&c.count, 1)] =",
     ),
     Mutant(
         "places-beyond-256-dropped",
