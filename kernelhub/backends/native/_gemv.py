@@ -44,26 +44,15 @@ def tile(launchers: Launchers, op: str, x: Tensor, weight: Tensor, k: int) -> in
 def result_for(
     x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
 ) -> Tensor:
-    """What the kernel writes: `out` in this shape where that can be, else a new tensor.
-
-    A new one is of x's dtype where none is asked for, bf16 for fp8 x.
-    """
+    """What the kernel writes: `out` in this shape where that can be, else a new tensor."""
     if out is not None and out.is_contiguous():
         return out.view(shape)
-    if dtype is None:
-        dtype = torch.bfloat16 if x.dtype is _weights.FP8 else x.dtype
-    return torch.empty(shape, dtype=dtype, device=x.device)
+    return torch.empty(shape, dtype=_weights.result_dtype_of(x.dtype, dtype), device=x.device)
 
 
 def group_size(weight: Tensor, scale: Tensor | None, given: int | None, k: int) -> int:
     """What the kernel is to take for g; 0 for dense weights."""
-    if scale is None:
-        return 0
-    if given is not None:
-        return given
-    if weight.dtype in _weights.PACKED and k > 0:
-        return k // scale.shape[-1]
-    return 128
+    return 0 if scale is None else _weights.group_size_of(weight, scale, given, k)
 
 
 def scale_of_rows(scale: Tensor | None, rows: int) -> Tensor | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kernelhub.contracts._weights import FP8, PACKED
 from kernelhub.errors import PolicyError, nearest
 from kernelhub.spec import Args
 
@@ -36,10 +37,8 @@ _SCHEMES = {
     torch.float32: "fp32",
     torch.float16: "dense",
     torch.bfloat16: "dense",
-    torch.float8_e4m3fn: "fp8",
-    torch.uint8: "int4",
-    torch.int8: "int4",
-    torch.int32: "int4",
+    FP8: "fp8",
+    **dict.fromkeys(PACKED, "int4"),
 }
 _CLASS = re.compile(rf"({'|'.join(dict.fromkeys(_SCHEMES.values()))}) n([0-9]+) k([0-9]+)")
 _SMALLEST, _LARGEST = 2**9, 2**16  # sizes of a class
@@ -86,7 +85,7 @@ def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
 
 def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
     """The tile of a class that no table has: what was best for its like on an H200."""
-    if scheme == "fp32" or arch in _WITHOUT_MATRIX_UNIT:
+    if scheme == "fp32" or arch.startswith(_WITHOUT_MATRIX_UNIT):
         return "r8" if rows <= 4096 else "r16"
     if op == "fused_moe_gemv" or k <= 1024:
         return "m32w2"
@@ -95,8 +94,8 @@ def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
     return "m32w2" if k <= 4096 else "m32w4" if scheme == "dense" else "m16w4"
 
 
-_WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128", "warp128-asan", "warp128-tsan")
-"""Architectures on which the kernels for the matrix unit make do without it, slowly."""
+_WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128")
+"""Where architectures so begin, the kernels for the matrix unit make do without it, slowly."""
 
 
 # ---- tables ----------------------------------------------------------------------------------
