@@ -85,12 +85,7 @@ def _backend(name: str, device: str) -> dict[str, Any]:
 def _result(pair: Pair) -> dict[str, Any]:
     compared = [o.same_bits for o in pair.outcomes if o.same_bits is not None]
     return {
-        "op": pair.op,
-        "backend": pair.backend,
-        "cases": len(pair.outcomes),
-        "passed": pair.count("passed"),
-        "failed": pair.count("failed"),
-        "declined": pair.count("declined"),
+        **pair.summary(),
         "seconds": round(pair.seconds, 3),
         "same_bits": all(compared) if compared else None,
         "worst": None if pair.worst is None else _share(pair.worst),

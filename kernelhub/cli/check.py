@@ -52,6 +52,17 @@ class Pair:
         ran = [outcome for outcome in self.outcomes if outcome.status != "declined"]
         return max(ran, key=lambda outcome: outcome.fraction, default=None)
 
+    def summary(self) -> dict[str, Any]:
+        """The pair and its counts, as every report begins."""
+        return {
+            "op": self.op,
+            "backend": self.backend,
+            "cases": len(self.outcomes),
+            "passed": self.count("passed"),
+            "failed": self.count("failed"),
+            "declined": self.count("declined"),
+        }
+
 
 @click.command()
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op; may be repeated.")
@@ -173,12 +184,7 @@ def _to_dict(
 def _pair_to_dict(pair: Pair, verbose: bool) -> dict[str, Any]:
     worst = pair.worst
     found: dict[str, Any] = {
-        "op": pair.op,
-        "backend": pair.backend,
-        "cases": len(pair.outcomes),
-        "passed": pair.count("passed"),
-        "failed": pair.count("failed"),
-        "declined": pair.count("declined"),
+        **pair.summary(),
         "worst": None if worst is None else outcome_to_dict(worst),
         "failures": [outcome_to_dict(outcome) for outcome in pair.failures],
     }
