@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import kernelhub
-from kernelhub import plugins, registry
+from kernelhub import plugins, provenance, registry
 from kernelhub.backends.native import library
 
 ROUNDS, CALLS = 30, 300
@@ -107,10 +107,8 @@ def main() -> None:
         print("no compiled launcher:", "; ".join(library.why_not_fast()))
     if given.json:
         facts = {
-            "date": time.strftime("%Y-%m-%d"),
+            **provenance.facts(),
             "device": device or platform.machine(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
             "microseconds": found,
         }
         given.json.write_text(json.dumps(facts, indent=2) + "\n")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kernelhub import provenance
 
 
 def interleaved(
@@ -50,17 +50,11 @@ def save(path: Path | None, results: Any) -> None:
     """Write results as JSON with the date, the machine, the versions and the commit."""
     if path is None:
         return
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     record = {
-        "date": date.today().isoformat(),
+        **provenance.facts(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

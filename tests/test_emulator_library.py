@@ -16,22 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.last_launch import LastLaunch
+
 ROOT = Path(__file__).parent.parent
 HOST = ROOT / "csrc" / "vendor" / "host"
 SOURCE = Path(__file__).parent / "emulator" / "library.mu"
 THREADS = 64  # of a block
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
-
-class LastLaunch(ctypes.Structure):
-    _fields_ = (
-        ("count", ctypes.c_ulonglong),
-        ("device", ctypes.c_int),
-        ("stream", ctypes.c_void_p),
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-    )
 
 
 class Loaded:

@@ -18,24 +18,13 @@ from kernelhub.backends.native import abi, library
 from kernelhub.errors import ArgumentError, BackendUnavailable, FallbackWarning, KernelError
 from kernelhub.spec import Case
 from kernelhub.testing import run_case
+from tests.last_launch import LastLaunch
 
 DEVICES = ("musa:0", "musa:1")
 CASES = [(op, case) for op in abi.OPS for case in registry.spec(op).cases()]
 
 mul_add = kernelhub.ops.fused_mul_add
 rotary = kernelhub.ops.rotary_embedding
-
-
-class LastLaunch(ctypes.Structure):
-    """What the emulator tells of the latest launch in a library."""
-
-    _fields_ = (
-        ("count", ctypes.c_ulonglong),
-        ("device", ctypes.c_int),
-        ("stream", ctypes.c_void_p),
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-    )
 
 
 def last_launch(device: str = "musa:0") -> LastLaunch:
