@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,16 +220,9 @@ def test_every_tile_computes_the_op(tile: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [name for name in tiles.GEMV_TILES if name.startswith("m")])
-def test_tiles_of_the_matrix_unit_where_there_is_none(tile: str, tmp_path: Path) -> None:
-    classes = {tiles.shape_class(scheme, 512, 512): tile for scheme in _SCHEMES_OF_CASES}
-    (tmp_path / "tiles.json").write_text(json.dumps(dict.fromkeys(tiles.OPS, classes)))
-    environment = {tiles.VARIABLE: str(tmp_path / "tiles.json"), "KERNELHUB_SIMT": "warp=128"}
-    root = Path(__file__).parent.parent
-    ran = subprocess.run(
-        [sys.executable, "tests/vendor/run_cases.py", "simt", "cpu", "[dw]*-m1[67]"],
-        env={**os.environ, "PYTHONPATH": str(root), **environment},
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    assert "8 cases on simt, 0 not passed" in ran.stdout, ran.stdout + ran.stderr
+def test_tiles_of_the_matrix_unit_where_there_is_none(tile: str) -> None:
+    name = tiles.shape_class("int4", 512, 512)
+    with tiles.override({GEMV: {name: tile}}):
+        assert tiles.choose(GEMV, "mp_31", "int4", 512, 512) == tiles.GEMV_TILES.index(tile)
+        with pytest.raises(PolicyError, match=f"'{tile}' is for the matrix unit, which mp_22"):
+            tiles.choose(GEMV, "mp_22", "int4", 512, 512)

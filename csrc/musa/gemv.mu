@@ -180,7 +180,7 @@ class Block {
         steps_((p.k + kStep - 1) / kStep) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = weight_row<kTileRows>(p, tile, r * kRowsALoad + lane_ / kRowLanes);
+      const int32_t row = weight_row<kTileRows>(p, tile, r * kRowsALoad + lane_ / kRowLanes);
       row_[r] = p.weight.data + expert * p.weight.expert_stride + row * p.weight.row_stride;
       if constexpr (kEven) row_[r] += (warp_ * kRowLanes + lane_ % kRowLanes) * kVectorBytes;
       if constexpr (F::kScaled)
@@ -359,12 +359,14 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(Problem p) {
       const int count = found.count - first < kColumns ? found.count - first : kColumns;
       if (inside) {
         Work work(p, staged, tile, found.expert);
-        describe_columns(p, found, first, count, columns);
+        const RouterWeight weight = describe_columns(p, found, first, count, columns);
         work.run(columns, count);
+        keep_weights(p, weight, count, columns);
+        __syncthreads();
         finish<Work::kTileRows, kWarps, Work::kSumsLine>(p, tile, staged, columns, count);
       } else {
         describe_columns(p, found, first, count, columns);
-        write_zeros<Work::kTileRows>(p, tile, columns[0]);
+        write_all<Work::kTileRows>(p, tile, columns[0], 0.f);
       }
       __syncthreads();
     }
@@ -406,19 +408,21 @@ int32_t choose_tile(const Problem& p, int64_t tile, stream_t stream) {
 }  // namespace
 
 int32_t run(Problem p, int32_t weight_dtype, int64_t tile, stream_t stream) {
+  const bool on_matrix_unit = tile < kRows8;
   p.int4_base = 150u << 23;  // 2^23
-  if (tile < kRows8) return run_matrix(p, weight_dtype, tile, stream);
   switch (weight_dtype) {
     case KH_FLOAT32:
       return choose_tile<Float32>(p, tile, stream);
     case KH_FLOAT16:
-      return choose_tile<Dense16<half_t>>(p, tile, stream);
+      return on_matrix_unit ? run_matrix_dense(p, tile, stream)
+                            : choose_tile<Dense16<half_t>>(p, tile, stream);
     case KH_BFLOAT16:
-      return choose_tile<Dense16<bf16_t>>(p, tile, stream);
+      return on_matrix_unit ? run_matrix_dense(p, tile, stream)
+                            : choose_tile<Dense16<bf16_t>>(p, tile, stream);
     case KH_FLOAT8_E4M3FN:
-      return choose_tile<Fp8>(p, tile, stream);
+      return on_matrix_unit ? run_matrix_fp8(p, tile, stream) : choose_tile<Fp8>(p, tile, stream);
     default:
-      return choose_tile<Int4>(p, tile, stream);
+      return on_matrix_unit ? run_matrix_int4(p, tile, stream) : choose_tile<Int4>(p, tile, stream);
   }
 }
 

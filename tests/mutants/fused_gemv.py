@@ -77,7 +77,7 @@ MUTANTS = (
 _ARGUMENTS = "common/gemv.muh"
 _BLOCK = "common/gemv_block.muh"
 _PRODUCT = "common/matrix.muh"
-_MATRIX = "musa/gemv_matrix.mu"  # at 32 lanes all but fp32
+_MATRIX = "common/gemv_matrix.muh"  # at 32 lanes all but fp32
 _FMA = "musa/gemv.mu"  # at 128 lanes everything
 _NORM = "musa/fused_gemv.mu"
 
@@ -163,26 +163,33 @@ KERNEL_MUTANTS = (
     ),
     Mutant(
         "second-tile-is-the-first",
-        _PRODUCT,
-        "rows + p * kTile * stride + s * kTile),\n            stride",
-        "rows + s * kTile),\n            stride",
+        _MATRIX,
+        "tiles_.rows + r * kTile * F::kRowStride + c * kChunkBytes",
+        "tiles_.rows + c * kChunkBytes",
     ),
     Mutant("uneven-taken-for-even", _MATRIX, "p.k % F::kSlice == 0;", "true;"),
     Mutant("last-slice-dropped", _MATRIX, "slices_((p.k + F::kSlice - 1) /", "slices_(p.k /"),
-    Mutant("int4-zero-ignored", _MATRIX, "pair_of<T>(zero)", "pair_of<T>(8)"),
+    Mutant("int4-zero-ignored", _MATRIX, "pair_of<T>(zero[c][r])", "pair_of<T>(8)"),
     Mutant(
         "nibbles-in-another-order",
         _MATRIX,
         "make_uint4(low(v.x, v.z), high(v.x, v.z), low(v.y, v.w), high(v.y, v.w))",
         "make_uint4(low(v.x, v.y), high(v.x, v.y), low(v.z, v.w), high(v.z, v.w))",
     ),
+    Mutant("fp8-nan-is-480", _MATRIX, "if constexpr (F::kScheme == kFp8) spoil(total);", ""),
+    Mutant("fp8-nan-in-last-word-is-480", _MATRIX, " | nans(v.w);", ";"),
     Mutant(
-        "fp8-nan-is-480",
+        "fp8-nan-of-first-lane-only",
         _MATRIX,
-        "if (nans(q[0]) | nans(q[1]) | nans(q[2]) | nans(q[3])) {",
-        "if (false) {",
+        "for (int apart = 1; apart < F::kRowLanes; apart *= 2)",
+        "for (int apart = 1; apart < 1; apart *= 2)",
     ),
-    Mutant("fp8-nan-in-last-word-is-480", _MATRIX, " | nans(q[3])) {", ") {"),
+    Mutant(
+        "fp8-x-nan-is-480",
+        _MATRIX,
+        "with_nans<T, 1>(decode_fp8<T, 1>(q[i]), q[i])",
+        "decode_fp8<T, 1>(q[i])",
+    ),
     Mutant(
         "fp8-subnormals-lost",
         _MATRIX,
@@ -198,8 +205,8 @@ KERNEL_MUTANTS = (
     Mutant(
         "scale-of-row-below",
         _MATRIX,
-        "row / p.weight_scale.rows_an_entry",
-        "(row + 1) / p.weight_scale.rows_an_entry",
+        "row_of(scaled_row(i)) /",
+        "(row_of(scaled_row(i)) + 1) /",
     ),
     Mutant(
         "scale-of-group-after",
@@ -207,7 +214,20 @@ KERNEL_MUTANTS = (
         "slice * F::kSlice + segment * kSegment;",
         "slice * F::kSlice + (segment + 1) * kSegment;",
     ),
-    Mutant("groups-of-64-unsplit", _MATRIX, "p_.group_shift < 7", "p_.group_shift < 6"),
+    Mutant("groups-of-64-unsplit", _MATRIX, "kMatrix16x8 ? 6 : 7", "kMatrix16x8 ? 5 : 6"),
+    Mutant(
+        "halves-of-a-chunk-not-told-apart",
+        _MATRIX,
+        "words_of(x[0])[i] &= words_of(half_)[i];",
+        "",
+    ),
+    Mutant("columns-from-five-on-dropped", _MATRIX, "column_at(first) < count_)", "false)"),
+    Mutant(
+        "planes-of-the-first",
+        _MATRIX,
+        "columns + kPlane * kTile, F::kColumnStride",
+        "columns, F::kColumnStride",
+    ),
     Mutant(
         "x-scale-by-row-of-weight",
         _MATRIX,

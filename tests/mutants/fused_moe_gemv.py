@@ -104,7 +104,7 @@ MUTANTS = (
 
 _ARGUMENTS = "common/gemv.muh"
 _BLOCK = "common/gemv_block.muh"
-_MATRIX = "musa/gemv_matrix.mu"  # at 32 lanes all but fp32
+_MATRIX = "common/gemv_matrix.muh"  # at 32 lanes all but fp32
 _FMA = "musa/gemv.mu"  # at 128 lanes everything
 _SUM = "musa/fused_moe_gemv.mu"
 
@@ -117,12 +117,12 @@ KERNEL_MUTANTS = (
     Mutant(
         "slot-stride-of-ids-ignored",
         _BLOCK,
-        "(place - token * p.slots) * p.topk_ids.group_stride",
-        "(place - token * p.slots)",
+        "at.slot * p.topk_ids.group_stride",
+        "at.slot",
     ),
     Mutant("negative-ids-read", _MATRIX, "found.expert >= 0 && ", ""),
     Mutant("id-E-read", _MATRIX, "found.expert < p.num_experts;", "found.expert <= p.num_experts;"),
-    Mutant("outside-not-zeroed", _MATRIX, "write_zeros<kRows>(p, tile, columns[0]);", ""),
+    Mutant("outside-not-zeroed", _MATRIX, "write_all<kRows>(p, tile, columns[0], 0.f);", ""),
     Mutant(
         "zeros-in-one-tile",
         _BLOCK,
@@ -154,8 +154,8 @@ KERNEL_MUTANTS = (
     Mutant(
         "next-columns-too-early",
         _MATRIX,
-        "columns[0]);\n      }\n      __syncthreads();",
-        "columns[0]);\n      }",
+        "__uint_as_float(~0u));\n      }\n      __syncthreads();",
+        "__uint_as_float(~0u));\n      }",
     ),
     # Weights of experts and of slots.
     Mutant(
@@ -166,7 +166,7 @@ KERNEL_MUTANTS = (
     ),
     Mutant("scale-of-first-expert", _MATRIX, "expert * p.weight_scale.expert_stride +", ""),
     Mutant("zero-of-first-expert", _MATRIX, "expert * p.weight_zero.expert_stride +", ""),
-    Mutant("topk-weight-of-first-slot", _BLOCK, "slot * p.topk_weights.group_stride", "0"),
+    Mutant("topk-weight-of-first-slot", _BLOCK, "at.slot * p.topk_weights.group_stride", "0"),
     Mutant(
         "topk-weight-after-activation",
         _BLOCK,
@@ -195,15 +195,15 @@ KERNEL_MUTANTS = (
     Mutant(
         "outside-not-zeroed",
         _FMA,
-        "write_zeros<Work::kTileRows>(p, tile, columns[0]);",
+        "write_all<Work::kTileRows>(p, tile, columns[0], 0.f);",
         "",
         "warp128",
     ),
     Mutant(
         "next-columns-too-early",
         _FMA,
-        "columns[0]);\n      }\n      __syncthreads();",
-        "columns[0]);\n      }",
+        "columns[0], 0.f);\n      }\n      __syncthreads();",
+        "columns[0], 0.f);\n      }",
         "warp128",
     ),
 )

@@ -56,6 +56,11 @@ __device__ __forceinline__ uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) 
 namespace matrix = ::kh_cuda::wmma;
 using native_half_t = __half;
 using native_bf16_t = __nv_bfloat16;
+// A lane's elements of 16 bits, two to a word.
+template <class Fragment>
+__device__ __forceinline__ uint32_t* words_of(Fragment& f) {
+  return f.pairs;
+}
 constexpr bool kMatrixUnit = true;
 
 inline const char* launch_error(int code) {

@@ -21,11 +21,19 @@ template <class Use, int M, int N, int K, class T, class Layout = void>
 struct fragment;
 template <class T>
 struct fragment<matrix_a, 16, 16, 16, T, row_major> {
-  uint32_t pairs[4];
+  static constexpr int num_elements = 8;
+  union {
+    uint32_t pairs[4];
+    T x[num_elements];
+  };
 };
 template <class T>
 struct fragment<matrix_b, 16, 16, 16, T, col_major> {
-  uint32_t pairs[4];
+  static constexpr int num_elements = 8;
+  union {
+    uint32_t pairs[4];
+    T x[num_elements];
+  };
 };
 template <>
 struct fragment<accumulator, 16, 16, 16, float> {

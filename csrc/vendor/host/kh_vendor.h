@@ -59,7 +59,14 @@ namespace kh {
 using stream_t = void*;
 
 namespace matrix = simt::wmma;
-// Both paths of the kernels are then tested: with the matrix unit and without.
+// A lane's elements of 16 bits, two to a word.
+using word_of_two_t = uint32_t __attribute__((may_alias));
+template <class Fragment>
+word_of_two_t* words_of(Fragment& f) {
+  static_assert(sizeof f.x == 16, "32 lanes share out 256 elements");
+  return reinterpret_cast<word_of_two_t*>(f.x);
+}
+// The other tiles of GEMV are then tested at either width, those of the matrix unit at one.
 constexpr bool kMatrixUnit = KH_WARP_SIZE == 32;
 
 template <class... P, class... A>

@@ -83,6 +83,12 @@ __device__ __forceinline__ uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) 
 namespace matrix = mtmusa::wmma;
 using native_half_t = __half;
 using native_bf16_t = __mt_bfloat16;
+// A lane's elements of 16 bits, two to a word.
+template <class Fragment>
+__device__ __forceinline__ uint32_t* words_of(Fragment& f) {
+  static_assert(sizeof f.x == 16, "32 lanes share out 256 elements");
+  return reinterpret_cast<uint32_t*>(f.x);
+}
 // From mp_31 on. None of it has been run on MUSA hardware.
 #if defined(__MUSA_ARCH__) && __MUSA_ARCH__ < 310
 constexpr bool kMatrixUnit = false;

@@ -24,7 +24,7 @@ from kernelhub.spec import Args
 
 VARIABLE = "KERNELHUB_TILES"
 
-GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "r8", "r16")
+GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "m64w2", "r8", "r16")
 """By rows of the weight to a block. `m` runs on the matrix unit, with `w` warps; `r` does without
 and takes fp32 too. In the order of csrc/common/gemv.muh."""
 
@@ -67,6 +67,12 @@ def fits(name: str, tile: str) -> bool:
     return not (name.startswith("fp32") and tile.startswith("m"))
 
 
+def tiles_for(name: str, arch: str) -> tuple[str, ...]:
+    """The tiles that serve a class on an architecture."""
+    without = arch.startswith(_WITHOUT_MATRIX_UNIT)
+    return tuple(t for t in GEMV_TILES if fits(name, t) and not (without and t.startswith("m")))
+
+
 def classes_of(op: str, call: Args) -> str:
     """The shape class of a call of an op that has tiles; its tensors may be described."""
     return shape_class(scheme(call.weight.dtype), call.weight.shape[-2], call.x.shape[-1])
@@ -74,11 +80,19 @@ def classes_of(op: str, call: Args) -> str:
 
 @lru_cache(maxsize=4096)
 def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
-    """The tile of a weight `[N, K]`, as a position in `OPS[op]`."""
+    """The tile of a weight `[N, K]`, as a position in `OPS[op]`.
+
+    Raises `PolicyError` where a table asks for a tile that the architecture cannot run.
+    """
     name = shape_class(scheme, rows, k)
     for table in (*reversed(_overrides), _from_environment(), table_of(arch)):
         tile = table.get(op, {}).get(name)
         if tile is not None:
+            if tile not in tiles_for(name, arch):
+                raise PolicyError(
+                    f"{op}, {name}: tile '{tile}' is for the matrix unit, which {arch} has not; "
+                    f"{nearest(tile, tiles_for(name, arch))}"
+                )
             return OPS[op].index(tile)
     return OPS[op].index(default(op, arch, scheme, rows, k))
 
@@ -95,7 +109,7 @@ def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
 
 
 _WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128")
-"""Where architectures so begin, the kernels for the matrix unit make do without it, slowly."""
+"""How architectures begin that have none."""
 
 
 # ---- tables ----------------------------------------------------------------------------------

@@ -151,7 +151,8 @@ struct row_major;
 struct col_major;
 enum layout_t { mem_row_major };
 
-// How many elements a lane has, and which, differs; only an accumulator's may be looked at.
+// Which elements a lane has differs; only an accumulator's may be looked at, and of the others
+// words of two, which have to be treated all alike.
 template <class Use, int M, int N, int K, class T, class Layout = void>
 struct fragment;
 template <class T>
@@ -183,6 +184,9 @@ __device__ void mma_sync(Accumulator&, const FragmentA<T>&, const FragmentB<T>&,
     __attribute__((convergent));
 
 }  // namespace matrix
+
+template <class Fragment>
+__device__ uint32_t* words_of(Fragment&);
 
 template <class... P, class... A>
 __host__ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, stream_t stream,

@@ -27,7 +27,7 @@ template <class Use, int M, int N, int K, class T, class Layout = void>
 struct fragment {
   static_assert(M == kSide && N == kSide && K == kSide, "matrices are 16x16");
   static constexpr int num_elements = kElements;
-  T x[kElements];
+  alignas(16) T x[kElements];
   fragment() { memset(x, kUndefined, sizeof x); }
 };
 
