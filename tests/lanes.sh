@@ -24,7 +24,7 @@ races+=',top_k_top_p_sampling_from_probs/token-is-target-v129'
 # What moves memory in another way, and not the cases of sampling that differ in numbers alone, which
 # take most of the time.
 accesses='rotary_embedding/*,fused_mul_add/*,fused_gemv/*,fused_moe_gemv/*,*/long-rows-*'
-for layout in every_second expanded misaligned padded_rows transposed indices requests token-is; do
+for layout in every_second expanded misaligned padded_rows transposed indices requests token-is misleading; do
     accesses+=",top_k_top_p_sampling_from_probs/$layout*"
 done
 

@@ -403,7 +403,7 @@ def test_random_rows_would_show_a_difference(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_several_blocks_a_row_draw_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases of short rows, which a block has for itself otherwise."""
-    monkeypatch.setattr(native, "blocks_a_row", lambda batch_size, vocab_size: native.SPLIT)
+    monkeypatch.setattr(native, "blocks_a_row", lambda batch_size, vocab_size: 5)
     outcome = run_case(SPEC.name, case, "simt")
     assert outcome.status == "passed", outcome.message
 
@@ -437,9 +437,10 @@ def test_kernel_draws_a_seed_as_the_reference_does() -> None:
 @pytest.mark.parametrize(
     ("blocks", "size", "message"),
     [
-        (native.SPLIT, 2 * native.WORKSPACE_BYTES - 1, "workspace must have"),
-        (native.SPLIT, None, "workspace must have"),
-        (2, 2 * native.WORKSPACE_BYTES, "blocks_a_row"),
+        (3, 6 * native.WORKSPACE_BYTES - 1, "workspace must have"),
+        (3, None, "workspace must have"),
+        (0, 0, "blocks_a_row"),
+        (native.MOST_BLOCKS + 1, 80 * native.WORKSPACE_BYTES, "blocks_a_row"),
     ],
 )
 def test_launcher_refuses(blocks: int, size: int | None, message: str) -> None:
@@ -453,5 +454,5 @@ def test_launcher_refuses(blocks: int, size: int | None, message: str) -> None:
 
     with pytest.raises(KernelError, match=message):
         run(blocks, size)
-    run(native.SPLIT, 2 * native.WORKSPACE_BYTES)
+    run(3, 6 * native.WORKSPACE_BYTES)
     assert torch.equal(tokens, SPEC.reference(probs, 5, 0.9, seed=7))

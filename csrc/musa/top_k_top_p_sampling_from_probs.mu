@@ -2,27 +2,28 @@
 // top_k_top_p_sampling_from_probs: one token a sample, to the bit as docs/sampling.md defines it.
 //
 // What is kept is everything of at least a threshold, and masses are integers, so that no order of
-// summation matters. The threshold is found by counting, in two readings of the row:
+// summation matters. The row is read once, and little of it again:
 //
-//  1. Count: a histogram of counts over the 44 binary orders that have mass, 256 bins each. A count
-//     times the mass at either edge of its bin bounds the bin's mass to 1 in 256, and so the bins
-//     in which the threshold can lie. Counts alone, for adding one in shared memory is cheap even
-//     where all threads add to one bin; sums of masses are neither 32 bits wide nor cheap.
-//  2. Gather: what lies above those bins is summed for each segment of the row, what lies in them
-//     (1000 elements of 128256 are typical) is listed. Sorting the list gives the exact threshold.
+//  1. Bracket: some thousands of its elements, counted by value, say between which two values the
+//     threshold most likely lies. This is a guess; it decides the speed, never the result.
+//  2. Stream: all elements are read. What lies above the bracket is summed, exactly, for each part
+//     of the row; what lies in it is listed, part by part.
+//  3. Threshold: from the list, by histogram and then by comparing the last few with each other.
+//     The exact sums show whether the bracket held it.
+//  4. Draw: the parts' masses, with those of the list, say in which part the token lies. Only that
+//     one is read again.
 //
-// The segments' masses then say in which segment the token lies, and only that one is read again.
-// Where the list would be longer than kCapacity, the threshold comes from exact histograms of the
-// row, 2048 bins at a time: at most six further readings, slow and rare. The number of readings is
+// Where the bracket missed, or the list is too short for what lies in it, the threshold comes from
+// exact histograms of the row: at most ten more readings, slow and rare. The number of readings is
 // bounded whatever the data.
 //
-// Bound by reading the row twice, the second time from the L2 cache where it fits, and by counting.
-// A block takes a sample, one launch for all. Where samples are few and rows long, kSplit blocks
-// take a row: the same steps as a sequence of launches, with the histogram, sums and list in a
-// workspace. No block waits for another.
+// A block takes a sample, and its warps the parts of the row. Where samples are few several blocks
+// share a row: each takes a part through steps 1 and 2 (with the same bracket, as all look at the
+// same elements), a second launch does the rest. No block waits for another.
 //
-// 1024 threads, for with few samples the time is that of loads and barriers one after the other; 64
-// registers each, so that one block fits on an SM of sm_90. Not tuned on hardware.
+// Bound by reading the row, and by about 15 instructions an element; with few samples by latency,
+// that is by barriers and loads one after the other. 512 threads of up to 64 registers: two blocks
+// on an SM of sm_90, so that one can stream while the other finishes. Not tuned on hardware.
 #include "launcher.muh"
 
 namespace kh {
@@ -30,30 +31,36 @@ namespace {
 
 // ---- shapes ---------------------------------------------------------------------------------
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kLanes = 32;  // that shuffle with each other
 constexpr int kWarps = kThreads / kLanes;
-constexpr int kSegments = kWarps;  // of a row; each is read by a warp, or by a warp of each block
-constexpr int kSplit = 8;          // blocks that share a row, where several do
-static_assert(kWarps == kLanes, "a warp sums what the warps bring");
+constexpr int kMaxBlocks = 32;  // that share a row
+static_assert(kWarps <= kLanes && kMaxBlocks <= kLanes, "a warp sums what warps or blocks bring");
 
 constexpr unsigned kLeast = 83u << 23;  // bits of 2^-44, the least value that has mass
 constexpr unsigned kOne = 0x3f800000u;  // 1.0; from here on all have the mass of 1
 constexpr unsigned kInfinity = 0x7f800000u;
 constexpr uint64_t kWholeMass = uint64_t{1} << 44;
 
-constexpr int kBinBits = 15;  // low bits that share a bin: 8 of the mantissa's 23 tell bins apart
-constexpr int kBins = (kOne - kLeast) >> kBinBits;  // the last one takes all larger values too
+constexpr int kCapacity = 4096;  // entries of the list
+
+// Bins of the sample: 128 for each of the 44 powers of two that have mass. The last one takes all
+// larger values too.
+constexpr int kBinBits = 16;
+constexpr int kBins = (kOne - kLeast) >> kBinBits;
 constexpr int kBinsAThread = kBins / kThreads;
 static_assert(kBins % kThreads == 0, "every thread takes as many bins");
 
-constexpr int kCapacity = 4096;  // entries of the list; a power of two, to be sorted
-
-constexpr int kExactBits = 11;
+// Bins of the exact histograms, one for each thread.
+constexpr int kExactBits = 9;
 constexpr int kExactBins = 1 << kExactBits;
-constexpr int kExactBinsAThread = kExactBins / kThreads;
+static_assert(kExactBins == kThreads, "a thread looks at one bin");
 constexpr int kLimbs = 4, kLimbBits = 13;  // 2^19 tokens of less than 2^13 stay within 32 bits
 constexpr unsigned kLimbMask = (1u << kLimbBits) - 1;
+
+constexpr int64_t kVocabLimit = 1 << 19;
+constexpr int kStepElements = 16 * kLanes;  // that a warp reads at once
+constexpr int kMaxSteps = kVocabLimit / kWarps / kStepElements + 1;
 
 constexpr uint64_t kNoLimit = ~uint64_t{0};
 constexpr unsigned kWholePortion = 1u << 24;  // of top_p, in units of 2^-24: keeps all
@@ -140,7 +147,6 @@ struct Rules {
 
   __device__ bool has_k() const { return top_k != kNoLimit; }
   __device__ bool has_p() const { return portion != kWholePortion; }
-  __device__ bool any() const { return has_k() || has_p() || min_p > 0.f; }
   // Whether top-p takes its share of what top-k keeps.
   __device__ bool of_survivors() const { return has_k() && has_p() && !joint; }
   // Whether it takes it of the whole row.
@@ -178,19 +184,31 @@ __device__ __forceinline__ uint64_t mass_of(unsigned bits) {
   return (mantissa << 20) >> (43u - ((bits - kLeast) >> 23));
 }
 
+// The same of values in [0, 1] by additions, to be summed in two words: the mass is
+// (high - kHighZero) * 2^23 + low - kLowZero.
+constexpr unsigned kHighZero = 0x40800000u;  // bits of 4; the last bit of [4, 8) is worth 2^-21
+constexpr unsigned kLowZero = 0x35000000u;   // of 2^-21; the last bit from there on is worth 2^-44
+struct SplitMass {
+  unsigned high, low;
+};
+__device__ __forceinline__ SplitMass split_mass(float value) {
+  const float four = __uint_as_float(kHighZero);
+  const float shifted = add_toward_zero(four, value);
+  const float rest = __fadd_rn(value, -__fadd_rn(shifted, -four));  // exact, below 2^-21
+  const float low = add_toward_zero(__uint_as_float(kLowZero), rest);
+  return {__float_as_uint(shifted), __float_as_uint(low)};
+}
+// Of a sum of up to 256 of them.
+__device__ __forceinline__ uint64_t joined(const SplitMass& sum, unsigned count) {
+  const unsigned high = sum.high - count * kHighZero, low = sum.low - count * kLowZero;
+  return (static_cast<uint64_t>(high) << 23) + low;
+}
+
 // The least mass that is not below the share of `total`: ceil(portion * total / 2^24).
 __device__ __forceinline__ uint64_t needed_of(unsigned portion, uint64_t total) {
   const uint64_t low = total & 0xffffffu;
   return portion * (total >> 24) + ((portion * low + 0xffffffu) >> 24);
 }
-
-// Bits in which the values of one bin differ, by the type that they are stored in.
-template <class T>
-constexpr unsigned kInBin = 0;  // bf16 has 7 bits of mantissa
-template <>
-constexpr unsigned kInBin<float> = (1u << kBinBits) - 1;
-template <>
-constexpr unsigned kInBin<half_t> = 3u << 13;  // fp16 has 10 bits
 
 __device__ __forceinline__ int bin_of(unsigned bits) {
   const unsigned bin = (bits - kLeast) >> kBinBits;
@@ -199,68 +217,89 @@ __device__ __forceinline__ int bin_of(unsigned bits) {
 __device__ __forceinline__ unsigned bin_floor(int bin) {
   return kLeast + (static_cast<unsigned>(bin) << kBinBits);
 }
+
+// The middle of a bin's values above its floor, by the type that they are stored in.
 template <class T>
-__device__ __forceinline__ uint64_t greatest_mass(int bin) {
-  return bin == kBins - 1 ? kWholeMass : mass_of(bin_floor(bin) | kInBin<T>);
-}
+constexpr unsigned kBinMiddle = 0;  // bf16 has 7 bits of mantissa, so that a bin is one value
+template <>
+constexpr unsigned kBinMiddle<float> = 1u << (kBinBits - 1);
+template <>
+constexpr unsigned kBinMiddle<half_t> = 7u << 12;  // fp16 has 10 bits
 
 // ---- shared state ---------------------------------------------------------------------------
 
-// Where to look for the threshold.
+// Where to look for the threshold: in [low, high). Exact where it is known to be low == high.
 struct Plan {
-  unsigned low, high;  // it lies in [low, high); low == high: it is high
-  unsigned least;      // that of min-p, kLeast without it
-  unsigned counted;    // elements in [low, high)
-  uint64_t above;      // elements of at least high
+  unsigned low, high;
+  bool exact;
 };
 
-// Where a running sum over the bins, from the greatest value down, reaches its limit.
+// What reading a row, or a part of it, brings beside the list.
+struct Found {
+  uint64_t total;        // mass, where the rules need it
+  uint64_t above;        // mass of what is at least plan.high
+  unsigned count_above;  // elements
+  unsigned largest;      // bits of the largest value; kInfinity where one is NaN or infinite
+  unsigned listed;       // elements in [plan.low, plan.high), also where the list is shorter
+};
+
+struct Entry {
+  unsigned bits;
+  int index;
+};
+
+// A bin in which a running sum, from the greatest value down, reaches its limit.
 struct Mark {
-  int place;               // bins before this one
-  uint64_t before, after;  // elements before and through it
+  unsigned bin, count;
+  uint64_t count_before, mass_before, mass_after;
 };
 
-// Which segment the token lies in.
+// Which part the token lies in.
 struct Aim {
   uint64_t support;  // mass of all that is kept
-  uint64_t left;     // of the target, when the segments before are passed
-  int segment;
+  uint64_t left;     // of the target, when the parts before are passed
+  int part;
 };
 
 constexpr int kSums = 3;  // that a block makes at once
 
-struct Exact {
-  unsigned count[kExactBins];
-  unsigned limbs[kLimbs][kExactBins];
-};
-
 struct Shared {
   union {  // one after the other
     unsigned bins[kBins];
-    uint64_t list[kCapacity];  // value's bits above the index
-    Exact exact;
+    Entry list[kCapacity];
   };
-  uint64_t scratch[kSums][kWarps];
-  uint64_t segments[kSegments];
+  unsigned count[kExactBins];
+  unsigned limbs[kLimbs][kExactBins];
+  union {
+    uint64_t words[kSums][kWarps];
+    float floats[kSums][kWarps];
+  } scratch;
+  Found founds[kWarps];
+  Found found;
+  uint64_t parts[kLanes];             // masses of what is at least plan.high
+  unsigned runs[kMaxSteps * kWarps];  // of the list: those of a step side by side
   uint64_t random;
   Aim aim;
-  Mark by_count, earliest, latest;
-  uint64_t mass_before, mass_after;  // bounds of the mass before and through by_count
-  unsigned listed;
-  unsigned found_bin, key;
-  bool found;
+  Mark mark;
+  unsigned few[kLanes];
+  int low_bin, rank_bin, mass_bin;
+  unsigned listed, few_listed;
+  bool marked;
 };
 
-// What the launches that share a row hand on.
-struct Work {
-  unsigned bins[kBins];  // this and `listed` are cleared first
-  unsigned listed;
+// A run of list entries that lie in one part of the row.
+constexpr int kRunBits = 13;
+static_assert(kCapacity < 1 << kRunBits && kVocabLimit << kRunBits <= int64_t{1} << 32,
+              "a run's length and its place fit a word");
+__device__ __forceinline__ unsigned run_of(unsigned first, unsigned length) {
+  return first << kRunBits | length;
+}
+
+// What the blocks that share a row hand on, each its own.
+struct Part {
   Plan plan;
-  uint64_t totals[kSplit];
-  unsigned largest[kSplit];
-  unsigned bad[kSplit];
-  uint64_t above[kSplit * kWarps];
-  uint64_t list[kCapacity];
+  Found found;
+  Entry list[kCapacity];
 };
 
 // ---- sums over a block ----------------------------------------------------------------------
@@ -268,67 +307,26 @@ struct Work {
 __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
 __device__ __forceinline__ int warp() { return threadIdx.x / kLanes; }
 
-// Whether this thread is in the warp that does what one warp is enough for; the shuffles of 1024
-// threads take their time. All lanes of a wider warp must come along, though 32 would do.
+// Whether this thread is in the warp that does what one warp is enough for. All lanes of a wider
+// warp must come along, though 32 would do.
 __device__ __forceinline__ bool in_first_warp() { return threadIdx.x < KH_WARP_SIZE; }
 
-__device__ __forceinline__ uint64_t warp_sum(uint64_t v) {
+template <class V>
+__device__ __forceinline__ V warp_sum(V v) {
 #pragma unroll
   for (int by = kLanes / 2; by > 0; by /= 2) v += __shfl_xor_sync(~0u, v, by, kLanes);
   return v;
 }
 
 // The sum of what the lanes through this one bring.
-__device__ __forceinline__ uint64_t warp_sum_through(uint64_t v) {
+template <class V>
+__device__ __forceinline__ V warp_sum_through(V v) {
 #pragma unroll
   for (int by = 1; by < kLanes; by *= 2) {
-    const uint64_t other = __shfl_up_sync(~0u, v, by, kLanes);
+    const V other = __shfl_up_sync(~0u, v, by, kLanes);
     if (lane() >= by) v += other;
   }
   return v;
-}
-
-// Of N values at once: v becomes the sum of what the threads before this one bring, `all` the sum
-// of what all bring.
-template <int N>
-__device__ __forceinline__ void sums_before(uint64_t (&v)[N], uint64_t (&all)[N], Shared& s) {
-  static_assert(N <= kSums, "there is room in s.scratch");
-  uint64_t own[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    own[n] = v[n];
-    v[n] = warp_sum_through(v[n]);
-    if (lane() == kLanes - 1) s.scratch[n][warp()] = v[n];
-  }
-  __syncthreads();
-  if (in_first_warp()) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      // The others of a wider warp bring nothing: they would read what the first 32 write.
-      const uint64_t through = warp_sum_through(warp() == 0 ? s.scratch[n][lane()] : 0);
-      if (warp() == 0) s.scratch[n][lane()] = through;
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    all[n] = s.scratch[n][kWarps - 1];
-    v[n] += (warp() > 0 ? s.scratch[n][warp() - 1] : 0) - own[n];
-  }
-  __syncthreads();
-}
-
-__device__ __forceinline__ uint64_t sum_before(uint64_t v, Shared& s, uint64_t* all) {
-  uint64_t before[] = {v}, sum[1];
-  sums_before(before, sum, s);
-  *all = sum[0];
-  return before[0];
-}
-
-__device__ __forceinline__ uint64_t block_sum(uint64_t v, Shared& s) {
-  uint64_t all;
-  sum_before(v, s, &all);
-  return all;
 }
 
 __device__ __forceinline__ int warp_max(int v) {
@@ -340,13 +338,26 @@ __device__ __forceinline__ int warp_max(int v) {
   return v;
 }
 
-__device__ __forceinline__ int block_max(int v, Shared& s) {
-  v = warp_max(v);
-  if (lane() == 0) s.scratch[0][warp()] = static_cast<unsigned>(v);
+// Of N values at once: v becomes the sum of what the threads before this one bring, `all` the sum
+// of what all bring. A barrier must come before the next sums.
+template <class V, int N>
+__device__ __forceinline__ void sums_before(V (&v)[N], V (&all)[N], V (&scratch)[kSums][kWarps]) {
+  static_assert(N <= kSums, "there is room in the scratch");
+  V own[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    own[n] = v[n];
+    v[n] = warp_sum_through(v[n]);
+    if (lane() == kLanes - 1) scratch[n][warp()] = v[n];
+  }
   __syncthreads();
-  v = warp_max(static_cast<int>(static_cast<unsigned>(s.scratch[0][lane()])));
-  __syncthreads();
-  return v;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const V through = warp_sum_through(lane() < kWarps ? scratch[n][lane()] : V{});
+    all[n] = __shfl_sync(~0u, through, kWarps - 1, kLanes);
+    const V before = __shfl_sync(~0u, through, warp() > 0 ? warp() - 1 : 0, kLanes);
+    v[n] += (warp() > 0 ? before : V{}) - own[n];
+  }
 }
 
 // ---- loads ----------------------------------------------------------------------------------
@@ -355,402 +366,503 @@ __device__ __forceinline__ int block_max(int v, Shared& s) {
 template <class T>
 struct Row {
   static constexpr int kPack = kVectorBytes / sizeof(T);
-  static constexpr int kAhead = 16 / kPack;  // packs that a thread loads before it uses them
+  static constexpr int kAhead =
+      kStepElements / kLanes / kPack;  // packs that a thread loads at once
   using Values = Pack<T, kPack>;
+  struct Step {
+    Values at[kAhead];
+  };
 
   const T* data;
   int64_t stride;
   int size;
   int lead;  // elements of the first pack that lie before the row
-  int packs, packs_a_segment;
+  int packs;
 
   __device__ Row(const Arguments& a, int64_t row)
       : data(static_cast<const T*>(a.probs) + row * a.row_stride),
         stride(a.column_stride),
         size(a.vocab_size),
         lead(stride == 1 ? reinterpret_cast<uintptr_t>(data) / sizeof(T) % kPack : 0),
-        packs((size + lead + kPack - 1) / kPack),
-        packs_a_segment((packs + kSegments - 1) / kSegments) {}
+        packs((size + lead + kPack - 1) / kPack) {}
 
+  // Whether packs [first, end) lie in the row, and each in one piece.
+  __device__ __forceinline__ bool holds(int first, int end) const {
+    return stride == 1 && first * kPack >= lead && end * kPack - lead <= size;
+  }
   // Elements outside of the row are zero.
+  __device__ __forceinline__ T element(int at) const {
+    return at >= 0 && at < size ? data[at * stride] : T{};
+  }
   __device__ __forceinline__ Values read(int pack) const {
     const int first = pack * kPack - lead;
-    if (stride == 1 && first >= 0 && first + kPack <= size) return load<kPack>(data + first);
+    if (holds(pack, pack + 1)) return load<kPack>(data + first);
     Values v;
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const int at = first + i;
-      v.at[i] = at >= 0 && at < size ? data[at * stride] : T{};
-    }
+    for (int i = 0; i < kPack; ++i) v.at[i] = element(first + i);
     return v;
   }
 };
 
-// The share of a row that one thread reads: every `step`th pack of [first, end).
+template <class T>
+__device__ __forceinline__ unsigned bits_of(T value) {
+  return __float_as_uint(to_float(value));
+}
+
+// The part of a row that one warp reads, packs [first, end), in steps as many for all warps.
 struct Slice {
-  int first, end, step;
+  int first, end, steps;
 };
 
-template <class T>
-__device__ __forceinline__ int segment_end(const Row<T>& row, int segment) {
-  const int end = (segment + 1) * row.packs_a_segment;
-  return end < row.packs ? end : row.packs;
+__device__ __forceinline__ int packs_a_warp(int packs, int blocks) {
+  return (packs + kWarps * blocks - 1) / (kWarps * blocks);
 }
 
-// Of `blocks` blocks that share a row. Warps of one block, or one of each, share a segment.
 template <class T>
 __device__ __forceinline__ Slice slice_of(const Row<T>& row, int block, int blocks) {
-  const int number = block * kWarps + warp();
-  const int segment = number / blocks, part = number % blocks;
-  return {segment * row.packs_a_segment + part * kLanes + lane(), segment_end(row, segment),
-          kLanes * blocks};
+  constexpr int kStepPacks = Row<T>::kAhead * kLanes;
+  const int size = packs_a_warp(row.packs, blocks);
+  const int first = (block * kWarps + warp()) * size, end = first + size;
+  return {first, end < row.packs ? end : row.packs, (size + kStepPacks - 1) / kStepPacks};
 }
 
-// Calls use(bits of an element, its index).
-template <class T, class Use>
-__device__ __forceinline__ void each_element(const Row<T>& row, const Slice& slice, Use use) {
+// This lane's packs of a step, kLanes apart; zero past the slice's end.
+template <class T>
+__device__ __forceinline__ typename Row<T>::Step read_step(const Row<T>& row, const Slice& slice,
+                                                           int step) {
   constexpr int kPack = Row<T>::kPack, kAhead = Row<T>::kAhead;
-  for (int pack = slice.first; pack < slice.end; pack += slice.step * kAhead) {
+  typename Row<T>::Step values;
+  const int first = slice.first + step * kAhead * kLanes, end = first + kAhead * kLanes;
+  if (end <= slice.end && row.holds(first, end)) {
+    const T* own = row.data + ((first + lane()) * kPack - row.lead);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) values.at[k] = load<kPack>(own + k * kLanes * kPack);
+    return values;
+  }
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    const int pack = first + k * kLanes + lane();
+    values.at[k] = pack < slice.end ? row.read(pack) : typename Row<T>::Values{};
+  }
+  return values;
+}
+
+// ---- step 1: the bracket --------------------------------------------------------------------
+
+// How many elements to look at: so many that flat rows too have a list that is short enough.
+__device__ __forceinline__ int sample_size(const Rules& r, int vocab_size) {
+  if (r.has_k() && r.top_k <= 1024) return 4096;
+  if (r.has_k() && r.top_k > 8192) return 32768;
+  const int share = vocab_size / (vocab_size > 1 << 17 ? 4 : 8);
+  return share < 4096 ? 4096 : share;
+}
+
+constexpr int kWholeSupport = 2600;  // up to so many elements the list has all that is kept
+constexpr int kListable = kCapacity - kCapacity / 16;  // the guess of a length can be short
+
+// Where the threshold most likely lies, from evenly spaced elements of the row. `mass` is what the
+// row's probabilities are thought to sum to.
+template <class T>
+__device__ __forceinline__ Plan bracket(const Row<T>& row, const Rules& r, float mass, Shared& s) {
+  constexpr int kPack = Row<T>::kPack, kTogether = 2;  // packs: 32 bytes are fetched at once
+  constexpr int kAhead = 4;
+  const Plan unknown = {kInfinity, kInfinity, false};
+  if (!r.has_k() && !r.has_p()) return r.min_p > 0.f ? unknown : Plan{kLeast, kLeast, true};
+  if (row.size <= kCapacity) return {kLeast, kInfinity, false};
+
+  const int groups = row.packs / kTogether;
+  const int wanted = sample_size(r, row.size) / (kTogether * kPack);
+  const int apart = (groups + wanted - 1) / wanted;
+  const int taken = groups / apart * kTogether;
+  for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
+  if (threadIdx.x == 0) {
+    s.low_bin = 0;
+    s.rank_bin = r.has_k() ? kBins : 0;
+    s.mass_bin = r.needs_total() ? kBins : 0;
+  }
+  __syncthreads();
+  for (int first = threadIdx.x; first < taken; first += kThreads * kAhead) {
     typename Row<T>::Values values[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int at = pack + k * slice.step;
-      values[k] = at < slice.end ? row.read(at) : typename Row<T>::Values{};
+      const int at = first + k * kThreads;
+      values[k] = at < taken ? row.read(at / kTogether * apart * kTogether + at % kTogether)
+                             : typename Row<T>::Values{};
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int index = (pack + k * slice.step) * kPack - row.lead;
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) use(__float_as_uint(to_float(values[k].at[i])), index + i);
-    }
-  }
-}
-
-// ---- step 1: count --------------------------------------------------------------------------
-
-// Counts a slice into s.bins, which this clears. Sets the slice's mass and the bits of its largest
-// value, as those of a signed number, which order as positive values do; 0 where not needed.
-template <class T>
-__device__ __forceinline__ void count(const Row<T>& row, const Slice& slice, const Rules& r,
-                                      Shared& s, uint64_t* mass, int* largest) {
-  const bool with_mass = r.needs_total();
-  for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
-  __syncthreads();
-  uint64_t sum = 0;
-  int most = 0;
-  each_element(row, slice, [&](unsigned bits, int) {
-    most = most < static_cast<int>(bits) ? static_cast<int>(bits) : most;
-    if (!has_mass(bits)) return;
-    atomicAdd(&s.bins[bin_of(bits)], 1u);
-    if (with_mass) sum += mass_of(bits);
-  });
-  __syncthreads();
-  *mass = with_mass ? block_sum(sum, s) : 0;
-  *largest = r.min_p > 0.f ? block_max(most, s) : 0;
-}
-
-// Calls see(place, count, bin) for this thread's bins that hold something, from the greatest down.
-template <class See>
-__device__ __forceinline__ void each_bin(const Shared& s, See see) {
-  for (int i = 0; i < kBinsAThread; ++i) {
-    const int place = static_cast<int>(threadIdx.x) * kBinsAThread + i;
-    const int bin = kBins - 1 - place;
-    const unsigned count = s.bins[bin];
-    if (count > 0) see(place, count, bin);
-  }
-}
-
-// Where the threshold can lie, from the counts in s.bins, the row's mass (used where top-p takes
-// its share of all) and its largest value.
-template <class T>
-__device__ __forceinline__ Plan plan_of(const Rules& r, uint64_t total, int largest, Shared& s) {
-  unsigned least = kLeast;
-  if (r.min_p > 0.f && largest > 0) {
-    const float product = __fmul_rn(r.min_p, __uint_as_float(static_cast<unsigned>(largest)));
-    if (__float_as_uint(product) > least) least = __float_as_uint(product);
-  }
-  const Plan known = {least, least, least, 0, 0};
-  if (!r.has_k() && !r.has_p()) return known;
-
-  uint64_t own_count = 0, own_low = 0, own_high = 0;
-  each_bin(s, [&](int, unsigned count, int bin) {
-    own_count += count;
-    own_low += count * mass_of(bin_floor(bin));
-    own_high += count * greatest_mass<T>(bin);
-  });
-  uint64_t before_own[] = {own_count, own_low, own_high}, all[3];
-  sums_before(before_own, all, s);
-  const uint64_t count_before = before_own[0];
-  const uint64_t low_before = before_own[1], high_before = before_own[2];
-  if (threadIdx.x == 0) {
-    s.by_count = s.earliest = s.latest = {kBins - 1, 0, all[0]};
-    s.mass_before = all[1];
-    s.mass_after = all[2];
-  }
-  __syncthreads();
-
-  if (count_before < r.top_k && count_before + own_count >= r.top_k) {
-    uint64_t before = count_before, low = low_before, high = high_before;
-    each_bin(s, [&](int place, unsigned count, int bin) {
-      const uint64_t after = before + count;
-      high += count * greatest_mass<T>(bin);
-      if (before < r.top_k && after >= r.top_k) {
-        s.by_count = {place, before, after};
-        s.mass_before = low;
-        s.mass_after = high;
+      for (int i = 0; i < kPack; ++i) {
+        const unsigned bits = bits_of(values[k].at[i]);
+        if (has_mass(bits)) atomicAdd(&s.bins[bin_of(bits)], 1u);
       }
-      low += count * mass_of(bin_floor(bin));
-      before = after;
-    });
+    }
   }
   __syncthreads();
-  if (r.has_k() && all[0] < r.top_k && !r.has_p()) return known;  // fewer have mass
 
-  if (r.has_p()) {
-    const uint64_t need = needed_of(r.portion, r.of_survivors() ? s.mass_before : total);
-    const uint64_t at_least = need < 1 ? 1 : need;
-    const uint64_t at_most = needed_of(r.portion, r.of_survivors() ? s.mass_after : total);
-    const bool earliest = high_before < at_least && high_before + own_high >= at_least;
-    const bool latest = low_before < at_most && low_before + own_low >= at_most;
-    if (earliest || latest) {
-      uint64_t before = count_before, low = low_before, high = high_before;
-      each_bin(s, [&](int place, unsigned count, int bin) {
-        const uint64_t after = before + count;
-        const uint64_t next_low = low + count * mass_of(bin_floor(bin));
-        const uint64_t next_high = high + count * greatest_mass<T>(bin);
-        if (high < at_least && next_high >= at_least) s.earliest = {place, before, after};
-        if (low < at_most && next_low >= at_most) s.latest = {place, before, after};
-        before = after;
-        low = next_low;
-        high = next_high;
-      });
-    }
-    __syncthreads();
+  // Running sums from the least value up: of counts, of values and of their squares.
+  const int first_bin = static_cast<int>(threadIdx.x) * kBinsAThread;
+  float below[3] = {}, all[3];
+  for (int i = 0; i < kBinsAThread; ++i) {
+    const float count = static_cast<float>(s.bins[first_bin + i]);
+    const float value = __uint_as_float(bin_floor(first_bin + i) + kBinMiddle<T>);
+    below[0] += count;
+    below[1] += count * value;
+    below[2] += count * value * value;
   }
-  const Mark from = s.earliest.place < s.by_count.place || !r.has_k() ? s.earliest : s.by_count;
-  const Mark to = r.of_survivors() || s.by_count.place < s.latest.place ? s.by_count : s.latest;
-  __syncthreads();  // before s.bins makes room for the list
-
-  if (kBins - 1 - bin_of(least) < from.place) return known;
-  const unsigned high = from.place == 0 ? kInfinity : bin_floor(kBins - from.place);
-  return {bin_floor(kBins - 1 - to.place), high, least,
-          static_cast<unsigned>(to.after - from.before), from.before};
+  sums_before(below, all, s.scratch.floats);
+  const float size = static_cast<float>(taken * kPack);
+  const float scale = static_cast<float>(row.size) / size;  // elements for each looked at
+  below[0] += size - all[0];                                // those without mass
+  // A mark is taken as passed where the estimate is so many standard deviations beyond it, and a
+  // little, for the values of a bin differ.
+  const float deviations = 3.5f, slack = 0.003f, others = scale > 1.f ? 1.f - 1.f / scale : 0.f;
+  const float spread = deviations * deviations * scale * scale * others;
+  const float rank = r.has_k() ? static_cast<float>(r.top_k) / scale : size;
+  const float rank_error = deviations * sqrtf(rank * others) + 4.f;
+  const float tail = static_cast<float>(kWholePortion - r.portion) / kWholePortion * mass;
+  int low = 0, rank_bin = kBins, mass_bin = kBins;
+  for (int i = 0; i < kBinsAThread; ++i) {
+    const int bin = first_bin + i;
+    const unsigned count = s.bins[bin];
+    s.bins[bin] = static_cast<unsigned>(below[0]);
+    if (count == 0) continue;
+    const float floor = __uint_as_float(bin_floor(bin));
+    const float above = size - below[0], mass_below = scale * below[1];
+    const float error =  // its square
+        spread * (below[2] - below[1] * below[1] / size + 4.f * floor * floor);
+    const float short_of = tail - (1.f + slack) * mass_below;
+    const float beyond = (1.f - slack) * mass_below - tail;
+    const bool by_rank = r.has_k() && above >= rank + rank_error;
+    const bool by_mass = r.needs_total() && short_of >= 0.f && short_of * short_of >= error;
+    if (by_rank || by_mass) low = bin;
+    if (above <= rank - rank_error && bin < rank_bin) rank_bin = bin;
+    if (beyond >= 0.f && beyond * beyond >= error && bin < mass_bin) mass_bin = bin;
+    const float value = __uint_as_float(bin_floor(bin) + kBinMiddle<T>);
+    below[0] += static_cast<float>(count);
+    below[1] += static_cast<float>(count) * value;
+    below[2] += static_cast<float>(count) * value * value;
+  }
+  low = warp_max(low);
+  rank_bin = -warp_max(-rank_bin);
+  mass_bin = -warp_max(-mass_bin);
+  if (lane() == 0) {
+    atomicMax(&s.low_bin, low);
+    atomicMin(&s.rank_bin, rank_bin);
+    atomicMin(&s.mass_bin, mass_bin);
+  }
+  __syncthreads();
+  low = s.low_bin;
+  int high = s.rank_bin > s.mass_bin ? s.rank_bin : s.mass_bin;
+  if (high <= low) high = low + 1;
+  const float not_below = size - static_cast<float>(s.bins[low]);
+  const float not_between = high < kBins ? size - static_cast<float>(s.bins[high]) : 0.f;
+  const float most = r.of_survivors() ? kListable : kWholeSupport;
+  if (scale * not_below <= most) return {bin_floor(low), kInfinity, false};
+  if (r.of_survivors() || scale * (not_below - not_between) > kListable) return unknown;
+  return {bin_floor(low), high < kBins ? bin_floor(high) : kInfinity, false};
 }
 
-// ---- step 2: gather -------------------------------------------------------------------------
+// ---- step 2: stream -------------------------------------------------------------------------
 
-// Lists what a slice has in [plan.low, plan.high). Returns the mass of this thread's elements of at
-// least plan.high; sets whether one of them is NaN or infinite.
+// Reads a slice, of which `values` is the first step: fills the list from the slices of the block
+// and sets s.found, and s.parts to the warps' masses of what is at least plan.high.
 template <class T>
-__device__ __forceinline__ uint64_t gather(const Row<T>& row, const Slice& slice, const Plan& plan,
-                                           Shared& s, bool* bad) {
+__device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, const Rules& r,
+                                       const Plan& plan, typename Row<T>::Step values, Shared& s) {
+  constexpr int kPack = Row<T>::kPack, kAhead = Row<T>::kAhead;
+  const bool with_total = r.needs_total();
   if (threadIdx.x == 0) s.listed = 0;
   __syncthreads();
-  uint64_t above = 0;
-  unsigned most = 0;  // of the magnitudes, sign shifted out
-  each_element(row, slice, [&](unsigned bits, int index) {
-    most = most < bits << 1 ? bits << 1 : most;
-    if (bits - plan.high < kInfinity - plan.high) {
-      above += mass_of(bits);
-    } else if (bits - plan.low < plan.high - plan.low) {
-      const unsigned at = atomicAdd(&s.listed, 1u);
-      // Counted to fit; but the row may be written to meanwhile.
-      if (at < kCapacity)
-        s.list[at] = static_cast<uint64_t>(bits) << 32 | static_cast<unsigned>(index);
+  uint64_t total = 0, above = 0;
+  unsigned count_above = 0, largest = 0;
+  for (int step = 0; step < slice.steps; ++step) {
+    if (step > 0) values = read_step(row, slice, step);
+    unsigned hits[kAhead] = {}, num_hits = 0;  // elements to list, by pack
+    SplitMass all = {0, 0}, high = {0, 0};
+    unsigned num_all = 0, num_high = 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      unsigned most = 0;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const unsigned bits = bits_of(values.at[k].at[i]);
+        most = most < bits ? bits : most;
+      }
+      if (most >= plan.low) {
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          const unsigned bits = bits_of(values.at[k].at[i]);
+          if (bits - plan.low < plan.high - plan.low) ++hits[k];
+        }
+        num_hits += hits[k];
+      }
+      if (most > kOne) {  // also where one is negative
+        const int pack = slice.first + (step * kAhead + k) * kLanes + lane();
+#pragma unroll 1
+        for (int i = 0; i < kPack; ++i) {
+          const unsigned bits = bits_of(row.element(pack * kPack - row.lead + i));
+          if (bits << 1 >= kInfinity << 1) largest = kInfinity;
+          if (!has_mass(bits)) continue;
+          largest = largest < bits ? bits : largest;
+          total += mass_of(bits);
+          if (bits >= plan.high) {
+            above += mass_of(bits);
+            ++count_above;
+          }
+        }
+        continue;
+      }
+      largest = largest < most ? most : largest;
+      if (!with_total && most < plan.high) continue;
+      SplitMass mass[kPack];
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        mass[i] = split_mass(to_float(values.at[k].at[i]));
+        all.high += mass[i].high;
+        all.low += mass[i].low;
+      }
+      num_all += kPack;
+      if (most < plan.high) continue;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        if (bits_of(values.at[k].at[i]) < plan.high) continue;
+        high.high += mass[i].high;
+        high.low += mass[i].low;
+        ++num_high;
+      }
     }
-  });
-  *bad = most >= kInfinity << 1;
+    total += joined(all, num_all);
+    above += joined(high, num_high);
+    count_above += num_high;
+
+    // The warp's entries of a step lie together, so that it finds them again.
+    const unsigned through = warp_sum_through(num_hits);
+    unsigned first = 0;
+    if (lane() == kLanes - 1) {
+      if (through > 0) first = atomicAdd(&s.listed, through);
+      s.runs[step * kWarps + warp()] = run_of(first, through);
+    }
+    unsigned at = __shfl_sync(~0u, first, kLanes - 1, kLanes) + through - num_hits;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (hits[k] == 0) continue;
+      const int pack = slice.first + (step * kAhead + k) * kLanes + lane();
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const unsigned bits = bits_of(values.at[k].at[i]);
+        if (bits - plan.low >= plan.high - plan.low) continue;
+        if (at < kCapacity) s.list[at] = {bits, pack * kPack - row.lead + i};
+        ++at;
+      }
+    }
+  }
+  total = warp_sum(total);
+  above = warp_sum(above);
+  count_above = warp_sum(count_above);
+  largest = static_cast<unsigned>(warp_max(static_cast<int>(largest)));
+  if (lane() == 0) {
+    s.founds[warp()] = {total, above, count_above, largest, 0};
+    s.parts[warp()] = above;
+  }
   __syncthreads();
-  return above;
+}
+
+// The sum of what up to 32 parts brought. Called by the lanes of the first warp, each with a part.
+__device__ __forceinline__ Found sum_of(const Found& part) {
+  return {warp_sum(part.total), warp_sum(part.above), warp_sum(part.count_above),
+          static_cast<unsigned>(warp_max(static_cast<int>(part.largest))), warp_sum(part.listed)};
+}
+
+// Sets s.found to the sum of what the warps of this block brought.
+__device__ __forceinline__ void sum_warps(Shared& s) {
+  if (in_first_warp()) {
+    Found found = sum_of(lane() < kWarps ? s.founds[lane()] : Found{});
+    found.listed = s.listed;
+    if (threadIdx.x == 0) s.found = found;
+  }
+  __syncthreads();
 }
 
 // ---- step 3: the threshold ------------------------------------------------------------------
 
-__device__ __forceinline__ unsigned bits_of(uint64_t entry) {
-  return static_cast<unsigned>(entry >> 32);
-}
-
-// Sorts s.list[0, size), size a power of two, in descending order.
-__device__ __forceinline__ void sort(int size, Shared& s) {
-  for (int run = 2; run <= size; run *= 2) {
-    for (int apart = run / 2; apart > 0; apart /= 2) {
-      for (int i = threadIdx.x; i < size / 2; i += kThreads) {
-        const int low = 2 * i - (i & (apart - 1)), high = low + apart;
-        const uint64_t x = s.list[low], y = s.list[high];
-        if ((x < y) == ((low & run) == 0)) {
-          s.list[low] = y;
-          s.list[high] = x;
-        }
-      }
-      // Exchanges up to 32 apart stay within the 64 entries of a warp.
-      const int next = apart > 1 ? apart / 2 : run;
-      if (apart > kLanes || next > kLanes || run == size) {
-        __syncthreads();
-      } else {
-        __syncwarp();
-      }
-    }
-  }
-}
-
-// The least value that top-k and top-p keep, from the `listed` entries of s.list, all that can be
-// it, and the masses of what is greater in s.segments. Leaves the list sorted.
-__device__ __forceinline__ unsigned threshold(const Rules& r, const Plan& plan, int listed,
-                                              uint64_t total, Shared& s) {
-  if (in_first_warp()) {
-    const uint64_t above = warp_sum(s.segments[lane()]);
-    if (threadIdx.x == 0) s.mass_before = above;
-  }
-  int size = 2;
-  while (size < listed) size *= 2;
-  for (int i = listed + threadIdx.x; i < size; i += kThreads) s.list[i] = 0;
-  __syncthreads();
-  sort(size, s);
-  const uint64_t mass_above = s.mass_before;
-
-  unsigned kept = kLeast;
-  const uint64_t rank = r.top_k - 1 - plan.above;  // in the list; too large without top-k
-  if (rank < static_cast<uint64_t>(listed)) kept = bits_of(s.list[rank]);
-  if (!r.has_p()) return kept;
-
-  // A run of entries for each thread.
-  const int run = size > kThreads ? size / kThreads : 1;
-  const int first = static_cast<int>(threadIdx.x) * run;
-  const int end = first + run < listed ? first + run : listed;
-  uint64_t own = 0, own_survivors = 0;
-  for (int i = first; i < end; ++i) {
-    const unsigned bits = bits_of(s.list[i]);
-    own += mass_of(bits);
-    if (bits >= kept) own_survivors += mass_of(bits);
-  }
-  if (r.of_survivors()) total = mass_above + block_sum(own_survivors, s);
-  const uint64_t needed = needed_of(r.portion, total);
-  if (threadIdx.x == 0) s.key = kLeast;
-  uint64_t all;
-  uint64_t running = mass_above + sum_before(own, s, &all);
-  for (int i = first; i < end; ++i) {
-    const uint64_t after = running + mass_of(bits_of(s.list[i]));
-    if (running < needed && after >= needed) s.key = bits_of(s.list[i]);
-    running = after;
-  }
-  __syncthreads();
-  return s.key > kept ? s.key : kept;
-}
-
-// ---- the slow way: exact histograms of the row ----------------------------------------------
-
 struct Selected {
   unsigned bits;
   uint64_t mass;  // of all that is at least that
+  bool found;
 };
 
 __device__ __forceinline__ uint64_t exact_mass(const Shared& s, int bin) {
   uint64_t mass = 0;
 #pragma unroll
   for (int limb = 0; limb < kLimbs; ++limb)
-    mass += static_cast<uint64_t>(s.exact.limbs[limb][bin]) << (limb * kLimbBits);
+    mass += static_cast<uint64_t>(s.limbs[limb][bin]) << (limb * kLimbBits);
   return mass;
 }
 
 __device__ __forceinline__ void add_exactly(Shared& s, int bin, unsigned count, uint64_t mass) {
-  atomicAdd(&s.exact.count[bin], count);
+  atomicAdd(&s.count[bin], count);
 #pragma unroll
   for (int limb = 0; limb < kLimbs; ++limb) {
     const uint64_t rest = mass >> (limb * kLimbBits);
     const unsigned part = static_cast<unsigned>(limb < kLimbs - 1 ? rest & kLimbMask : rest);
-    if (part > 0) atomicAdd(&s.exact.limbs[limb][bin], part);
+    if (part > 0) atomicAdd(&s.limbs[limb][bin], part);
   }
+}
+
+// The greatest of up to 32 values in s.few at which a running sum reaches its limit. They start
+// with what is greater than all of these.
+__device__ __forceinline__ void select_of_few(uint64_t count, uint64_t mass, uint64_t count_limit,
+                                              uint64_t mass_limit, Shared& s) {
+  const uint64_t mass_before = mass;
+  if (in_first_warp()) {
+    const bool there = static_cast<unsigned>(lane()) < s.few_listed;
+    const unsigned own = there ? s.few[lane()] : 0;
+    const uint64_t own_mass = there ? mass_of(own) : 0;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      const unsigned other = __shfl_sync(~0u, own, i, kLanes);
+      const uint64_t other_mass = __shfl_sync(~0u, own_mass, i, kLanes);
+      count += other >= own && other > 0;
+      mass += other >= own ? other_mass : 0;
+    }
+    const bool reached = there && (count >= count_limit || mass >= mass_limit);
+    const unsigned most = static_cast<unsigned>(warp_max(reached ? static_cast<int>(own) : 0));
+    const uint64_t mass_of_all = warp_sum(own >= most ? own_mass : 0);
+    if (threadIdx.x == 0) {
+      s.mark.bin = most;
+      s.mark.mass_after = mass_before + mass_of_all;
+    }
+  }
+  __syncthreads();
 }
 
 // The greatest value in [low, high) such that `count_limit` elements, or the mass `mass_limit`, are
-// at least that; `low` where there is none. What is at least `high` must be within both limits.
-template <class T>
-__device__ Selected select(const Row<T>& row, unsigned low, unsigned high, uint64_t count_limit,
-                           uint64_t mass_limit, Shared& s) {
+// at least that. `each` calls its argument with the bits of elements, this thread's share of all
+// in that range and of any others; `count` and `mass` are of what is at least `high`.
+template <bool kFewSteps, class Each>
+__device__ Selected select(Each each, unsigned low, unsigned high, uint64_t count, uint64_t mass,
+                           uint64_t count_limit, uint64_t mass_limit, Shared& s) {
+  const int own = kExactBins - 1 - static_cast<int>(threadIdx.x);  // from the greatest value down
   for (;;) {
-    int shift = 0;
-    while ((high - low - 1) >> shift >= kExactBins) ++shift;
-    for (int i = threadIdx.x; i < kExactBins; i += kThreads) {
-      s.exact.count[i] = 0;
+    const int shift = 32 - __clz(static_cast<int>((high - low - 1) >> kExactBits));
+    s.count[own] = 0;
 #pragma unroll
-      for (int limb = 0; limb < kLimbs; ++limb) s.exact.limbs[limb][i] = 0;
+    for (int limb = 0; limb < kLimbs; ++limb) s.limbs[limb][own] = 0;
+    if (threadIdx.x == 0) {
+      s.marked = false;
+      s.few_listed = 0;
     }
-    if (threadIdx.x == 0) s.found = false;
     __syncthreads();
-    uint64_t count_above = 0, mass_above = 0;
     // Neighbours of one bin are added at once: where many tokens tie, threads would queue up.
     int bin = 0;
-    unsigned count = 0;
-    uint64_t mass = 0;
-    each_element(row, slice_of(row, 0, 1), [&](unsigned bits, int) {
-      if (bits < low || bits >= kInfinity) return;
-      if (bits >= high) {
-        ++count_above;
-        mass_above += mass_of(bits);
-        return;
+    unsigned neighbours = 0;
+    uint64_t their_mass = 0;
+    each([&](unsigned bits) {
+      if (bits - low >= high - low) return;
+      const int at = static_cast<int>((bits - low) >> shift);
+      if (at != bin && neighbours > 0) {
+        add_exactly(s, bin, neighbours, their_mass);
+        neighbours = 0;
+        their_mass = 0;
       }
-      const int own = static_cast<int>((bits - low) >> shift);
-      if (own != bin && count > 0) {
-        add_exactly(s, bin, count, mass);
-        count = 0;
-        mass = 0;
-      }
-      bin = own;
-      ++count;
-      mass += mass_of(bits);
+      bin = at;
+      ++neighbours;
+      their_mass += mass_of(bits);
     });
-    if (count > 0) add_exactly(s, bin, count, mass);
+    if (neighbours > 0) add_exactly(s, bin, neighbours, their_mass);
     __syncthreads();
-    uint64_t above[] = {count_above, mass_above}, all_above[2];
-    sums_before(above, all_above, s);
 
-    const int top = kExactBins - 1 - static_cast<int>(threadIdx.x) * kExactBinsAThread;
-    uint64_t own_count = 0, own_mass = 0;
-    for (int i = 0; i < kExactBinsAThread; ++i) {
-      own_count += s.exact.count[top - i];
-      own_mass += exact_mass(s, top - i);
-    }
+    const uint64_t own_count = s.count[own], own_mass = exact_mass(s, own);
     uint64_t before[] = {own_count, own_mass}, all[2];
-    sums_before(before, all, s);
-    uint64_t counted = all_above[0] + before[0], running = all_above[1] + before[1];
-    for (int i = 0; i < kExactBinsAThread; ++i) {
-      const uint64_t next_counted = counted + s.exact.count[top - i];
-      const uint64_t next_running = running + exact_mass(s, top - i);
-      if (counted < count_limit && running < mass_limit &&
-          (next_counted >= count_limit || next_running >= mass_limit)) {
-        s.found = true;
-        s.found_bin = static_cast<unsigned>(top - i);
-        s.mass_after = next_running;
-      }
-      counted = next_counted;
-      running = next_running;
+    sums_before(before, all, s.scratch.words);
+    before[0] += count;
+    before[1] += mass;
+    const uint64_t after[] = {before[0] + own_count, before[1] + own_mass};
+    if (before[0] < count_limit && before[1] < mass_limit &&
+        (after[0] >= count_limit || after[1] >= mass_limit)) {
+      s.marked = true;
+      s.mark = {static_cast<unsigned>(own), static_cast<unsigned>(own_count), before[0], before[1],
+                after[1]};
     }
     __syncthreads();
-    const bool found = s.found;
-    const unsigned at = low + (s.found_bin << shift);
-    const uint64_t mass_after = s.mass_after;
-    __syncthreads();
-    if (!found) return {low, all_above[1] + all[1]};
-    if (shift == 0) return {at, mass_after};
+    if (!s.marked) return {low, mass + all[1], false};
+    const Mark mark = s.mark;
+    const unsigned at = low + (mark.bin << shift);
+    if (shift == 0) return {at, mark.mass_after, true};
     low = at;
     if (high - low > 1u << shift) high = low + (1u << shift);
+    count = mark.count_before;
+    mass = mark.mass_before;
+    if (kFewSteps && mark.count <= kLanes) {
+      each([&](unsigned bits) {
+        if (bits - low < high - low) s.few[atomicAdd(&s.few_listed, 1u)] = bits;
+      });
+      __syncthreads();
+      select_of_few(count, mass, count_limit, mass_limit, s);
+      return {s.mark.bin, s.mark.mass_after, true};
+    }
+    __syncthreads();  // s.mark was read
   }
 }
 
-// Narrows a plan down to the threshold itself.
+// The same of the row itself, where nothing is at least `high`.
 template <class T>
-__device__ void narrow(const Row<T>& row, const Rules& r, uint64_t total, Plan* plan, Shared& s) {
-  unsigned kept;
+__device__ Selected select_from(const Row<T>& row, unsigned low, uint64_t count_limit,
+                                uint64_t mass_limit, Shared& s) {
+  const Slice slice = slice_of(row, 0, 1);
+  const Selected selected = select<false>(
+      [&](auto use) {
+        for (int step = 0; step < slice.steps; ++step) {
+          const typename Row<T>::Step values = read_step(row, slice, step);
+#pragma unroll
+          for (int k = 0; k < Row<T>::kAhead; ++k)
+#pragma unroll
+            for (int i = 0; i < Row<T>::kPack; ++i) use(bits_of(values.at[k].at[i]));
+        }
+      },
+      low, kInfinity, 0, 0, count_limit, mass_limit, s);
+  __syncthreads();
+  return selected;
+}
+
+// The threshold of top-k and top-p from the row, slowly.
+template <class T>
+__device__ Plan narrow(const Row<T>& row, const Rules& r, uint64_t total, Shared& s) {
+  unsigned kept = kLeast;
   if (r.of_survivors()) {
-    const Selected by_count = select(row, plan->low, plan->high, r.top_k, kNoLimit, s);
+    const Selected by_count = select_from(row, kLeast, r.top_k, kNoLimit, s);
     const uint64_t needed = needed_of(r.portion, by_count.mass);
-    kept = select(row, by_count.bits, plan->high, kNoLimit, needed, s).bits;
-  } else {
+    kept = select_from(row, by_count.bits, kNoLimit, needed, s).bits;
+  } else if (r.has_k() || r.has_p()) {
     const uint64_t needed = r.has_p() ? needed_of(r.portion, total) : kNoLimit;
-    kept = select(row, plan->low, plan->high, r.top_k, needed, s).bits;
+    kept = select_from(row, kLeast, r.top_k, needed, s).bits;
   }
-  plan->low = plan->high = kept > plan->least ? kept : plan->least;
-  plan->counted = 0;
+  return {kept, kept, true};
+}
+
+// The threshold of top-k and top-p from what streaming brought, or 0 where it lies elsewhere. Where
+// top-p takes its share of what top-k keeps, nothing lies above the bracket.
+__device__ __forceinline__ unsigned threshold(const Rules& r, const Plan& plan, const Found& found,
+                                              Shared& s) {
+  if (plan.exact) return plan.high;
+  if (!r.has_k() && !r.has_p()) return kLeast;
+  if (plan.low == kInfinity || found.listed > kCapacity) return 0;
+  const auto each_listed = [&](auto use) {
+    for (unsigned i = threadIdx.x; i < found.listed; i += kThreads) use(s.list[i].bits);
+  };
+  uint64_t needed = r.needs_total() ? needed_of(r.portion, found.total) : kNoLimit;
+  if (found.count_above >= r.top_k || found.above >= needed) return 0;
+  Selected selected = select<true>(each_listed, plan.low, plan.high, found.count_above, found.above,
+                                   r.top_k, needed, s);
+  // Where all that has mass is listed, fewer than top-k may have some.
+  if (!selected.found && plan.low > kLeast) return 0;
+  if (!r.of_survivors()) return selected.bits;
+  __syncthreads();
+  needed = needed_of(r.portion, selected.mass);
+  return select<true>(each_listed, selected.bits, plan.high, found.count_above, found.above,
+                      kNoLimit, needed, s)
+      .bits;
 }
 
 // ---- step 4: the draw -----------------------------------------------------------------------
@@ -769,24 +881,30 @@ __device__ __forceinline__ void search(const Arguments& a, int64_t sample, const
                                        Shared& s) {
   constexpr int kPack = Row<T>::kPack, kAhead = Row<T>::kAhead;
   const auto kept_mass = [&](T value) -> uint64_t {
-    const unsigned bits = __float_as_uint(to_float(value));
+    const unsigned bits = bits_of(value);
     return bits - kept < kInfinity - kept ? mass_of(bits) : 0;
   };
-  for (int base = first; base < end; base += kThreads * kAhead) {
-    const int own = base + static_cast<int>(threadIdx.x) * kAhead;  // neighbouring packs
+  // Every thread takes neighbouring packs, as few as do.
+  const int few = (end - first + kThreads - 1) / kThreads, ahead = few < kAhead ? few : kAhead;
+  for (int base = first; base < end; base += kThreads * ahead) {
+    const int own = base + static_cast<int>(threadIdx.x) * ahead;
     typename Row<T>::Values values[kAhead];
     uint64_t mass = 0;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      values[k] = own + k < end ? row.read(own + k) : typename Row<T>::Values{};
+      const bool there = k < ahead && own + k < end;
+      values[k] = there ? row.read(own + k) : typename Row<T>::Values{};
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) mass += kept_mass(values[k].at[i]);
     }
-    uint64_t all;
-    const uint64_t before = sum_before(mass, s, &all);
-    if (target < all) {
-      if (target < before || target - before >= mass) return;
-      uint64_t left = target - before;
+    uint64_t before[] = {mass}, all[1];
+    sums_before(before, all, s.scratch.words);
+    if (target < all[0]) {
+      if (target < before[0] || target - before[0] >= mass) return;
+      uint64_t left = target - before[0];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
 #pragma unroll
@@ -800,72 +918,110 @@ __device__ __forceinline__ void search(const Arguments& a, int64_t sample, const
         }
       }
     }
-    target -= all;
+    target -= all[0];
+    __syncthreads();
   }
 }
 
-// From the masses above the plan in s.segments and the list in s.list to the token.
+// The parts of which a row's list was made: warps of this block, or blocks.
+struct Parts {
+  int count, packs, runs;  // packs and runs of each
+};
+
+// From s.found, s.parts and the list to the token. Returns false where the plan was of no use; then
+// *next is one that is, or is as it was where that is not known.
 template <class T>
-__device__ __forceinline__ void draw(const Arguments& a, int64_t sample, const Row<T>& row,
-                                     const Rules& r, const Plan& plan, int listed, uint64_t total,
-                                     Shared& s) {
-  unsigned kept = plan.high;
-  if (listed > 0) {
-    kept = threshold(r, plan, listed, total, s);
-    if (kept < plan.least) kept = plan.least;
-    // Each warp adds to its segment what the list has of it.
-    uint64_t more = 0;
-    for (int i = lane(); i < listed; i += kLanes) {
-      const int index = static_cast<int>(static_cast<unsigned>(s.list[i]));
-      const unsigned bits = bits_of(s.list[i]);
-      if (bits < kept) break;  // the list is sorted
-      if ((index + row.lead) / Row<T>::kPack / row.packs_a_segment == warp()) more += mass_of(bits);
+__device__ __forceinline__ bool draw(const Arguments& a, int64_t sample, const Row<T>& row,
+                                     const Rules& r, const Plan& plan, const Parts& parts,
+                                     Plan* next, Shared& s) {
+  const Found found = s.found;
+  if (found.largest >= kInfinity || (r.needs_total() && found.total == 0)) {
+    if (threadIdx.x == 0) answer(a, sample, 0, false);
+    return true;
+  }
+  unsigned kept = threshold(r, plan, found, s);
+  if (kept == 0) return false;
+  const unsigned least = __float_as_uint(__fmul_rn(r.min_p, __uint_as_float(found.largest)));
+  if (kept < least) kept = least;
+  if (kept < plan.low || kept > plan.high) {  // by min-p: other elements are to be summed
+    *next = {kept, kept, true};
+    return false;
+  }
+
+  if (plan.low < plan.high) {  // there is a list
+    for (int base = 0; base < parts.count; base += kWarps) {
+      const int part = base + warp();
+      uint64_t more = 0;
+      for (int i = 0; part < parts.count && i < parts.runs; ++i) {
+        const unsigned run = s.runs[i * parts.count + part];
+        const unsigned first = run >> kRunBits, end = first + run % (1u << kRunBits);
+        for (unsigned at = first + lane(); at < end; at += kLanes)
+          if (s.list[at].bits >= kept) more += mass_of(s.list[at].bits);
+      }
+      more = warp_sum(more);
+      if (lane() == 0 && part < parts.count) s.parts[part] += more;
     }
-    more = warp_sum(more);
-    __syncthreads();
-    if (lane() == 0) s.segments[warp()] += more;
     __syncthreads();
   }
   if (in_first_warp()) {
-    const uint64_t own = s.segments[lane()], through = warp_sum_through(own);
+    const uint64_t own = lane() < parts.count ? s.parts[lane()] : 0;
+    const uint64_t through = warp_sum_through(own);
     const uint64_t support = __shfl_sync(~0u, through, kLanes - 1, kLanes);
     const uint64_t target = multiply_high(s.random, support);
     const bool passed = through <= target;
-    const int segment = static_cast<int>(warp_sum(passed));
+    const int part = static_cast<int>(warp_sum<unsigned>(passed));
     const uint64_t left = target - warp_sum(passed ? own : 0);
-    if (threadIdx.x == 0) s.aim = {support, left, segment};
+    if (threadIdx.x == 0) s.aim = {support, left, part};
   }
   __syncthreads();
   const Aim aim = s.aim;
   if (aim.support == 0) {
     if (threadIdx.x == 0) answer(a, sample, 0, false);
-    return;
+    return true;
   }
-  search(a, sample, row, aim.segment * row.packs_a_segment, segment_end(row, aim.segment), kept,
-         aim.left, s);
+  const int first = aim.part * parts.packs, end = first + parts.packs;
+  search(a, sample, row, first, end < row.packs ? end : row.packs, kept, aim.left, s);
+  return true;
 }
 
 // ---- kernels --------------------------------------------------------------------------------
 
-// From a plan to the token by one block.
+// Reads the row by a better plan than one that failed. Not part of its callers, whose registers it
+// would take.
 template <class T>
-__device__ __forceinline__ void gather_and_draw(const Arguments& a, int64_t sample,
-                                                const Row<T>& row, const Rules& r, Plan plan,
-                                                uint64_t total, Shared& s) {
-  if (plan.counted > kCapacity) narrow(row, r, total, &plan, s);
-  bool bad;
-  const uint64_t above = warp_sum(gather(row, slice_of(row, 0, 1), plan, s, &bad));
-  if (lane() == 0) s.segments[warp()] = above;
-  if (__syncthreads_or(bad)) {
-    if (threadIdx.x == 0) answer(a, sample, 0, false);
-    return;
+__device__ __noinline__ Plan look_again(Row<T> row, Rules r, Plan next, bool first_time,
+                                        Shared& s) {
+  const uint64_t total = s.found.total;
+  const uint64_t apart = total > kWholeMass ? total - kWholeMass : kWholeMass - total;
+  if (!next.exact) {
+    // A row whose probabilities do not sum to 1 gets a second bracket.
+    if (first_time && r.needs_total() && apart > kWholeMass >> 10) {
+      next = bracket(row, r, static_cast<float>(total) / kWholeMass, s);
+    } else {
+      next = narrow(row, r, total, s);
+    }
   }
-  const int listed = static_cast<int>(s.listed < kCapacity ? s.listed : kCapacity);
-  draw(a, sample, row, r, plan, listed, total, s);
+  const Slice slice = slice_of(row, 0, 1);
+  stream(row, slice, r, next, read_step(row, slice, 0), s);
+  sum_warps(s);
+  return next;
+}
+
+// The token, from what a plan brought; as often as needed from another plan.
+template <class T>
+__device__ __forceinline__ void finish(const Arguments& a, int64_t sample, const Row<T>& row,
+                                       const Rules& r, Plan plan, Parts parts, Shared& s) {
+  Plan next = plan;
+  for (bool first_time = true; !draw(a, sample, row, r, plan, parts, &next, s);
+       first_time = false) {
+    __syncthreads();  // s.found was read
+    plan = next = look_again(row, r, next, first_time, s);
+    parts = {kWarps, packs_a_warp(row.packs, 1), slice_of(row, 0, 1).steps};
+  }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(Arguments a) {
+__global__ void __launch_bounds__(kThreads, 2) sample_kernel(Arguments a) {
   KH_DYNAMIC_SHARED(Shared, shared);
   Shared& s = *shared;
   const int64_t sample = blockIdx.x;
@@ -876,97 +1032,47 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments a) {
     return;
   }
   const Row<T> row(a, number);
-  // Before the row is read: seeds in memory take as long to arrive.
+  const Slice slice = slice_of(row, 0, 1);
+  // These are on their way during the first step.
+  const typename Row<T>::Step values = read_step(row, slice, 0);
   if (threadIdx.x == 0) s.random = random_of(a, sample);
-  Plan plan = {kLeast, kLeast, kLeast, 0, 0};
-  uint64_t total = 0;
-  if (r.any()) {
-    int largest;
-    count(row, slice_of(row, 0, 1), r, s, &total, &largest);
-    plan = plan_of<T>(r, total, largest, s);
-  }
-  gather_and_draw(a, sample, row, r, plan, total, s);
+  const Plan plan = bracket(row, r, 1.f, s);
+  stream(row, slice, r, plan, values, s);
+  sum_warps(s);
+  finish(a, sample, row, r, plan, {kWarps, packs_a_warp(row.packs, 1), slice.steps}, s);
 }
 
-// The same as four kernels, for kSplit blocks a row.
-
-__global__ void __launch_bounds__(kThreads) clear_kernel(Work* work) {
-  Work& w = work[blockIdx.x / kSplit];
-  const int first = static_cast<int>(blockIdx.x % kSplit) * kThreads + threadIdx.x;
-  for (int i = first; i < kBins; i += kThreads * kSplit) w.bins[i] = 0;
-  if (first == 0) w.listed = 0;
-}
+// The same by several blocks a row: first the reading, then the rest.
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) count_kernel(Arguments a, Work* work) {
+__global__ void __launch_bounds__(kThreads, 2) stream_kernel(Arguments a, int blocks, Part* parts) {
   KH_DYNAMIC_SHARED(Shared, shared);
   Shared& s = *shared;
-  const int64_t sample = blockIdx.x / kSplit;
-  const int block = blockIdx.x % kSplit;
-  Work& w = work[sample];
-  Rules r;
-  const int64_t number = row_of(a, sample, &r);
-  if (number < 0 || !r.any()) return;
-  const Row<T> row(a, number);
-  uint64_t mass;
-  int largest;
-  count(row, slice_of(row, block, kSplit), r, s, &mass, &largest);
-  for (int i = threadIdx.x; i < kBins; i += kThreads)
-    if (s.bins[i] > 0) atomicAdd(&w.bins[i], s.bins[i]);
-  if (threadIdx.x == 0) {
-    w.totals[block] = mass;
-    w.largest[block] = static_cast<unsigned>(largest);
-  }
-}
-
-__device__ __forceinline__ uint64_t total_of(const Work& w) {
-  uint64_t total = 0;
-  for (int i = 0; i < kSplit; ++i) total += w.totals[i];
-  return total;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) gather_kernel(Arguments a, Work* work) {
-  KH_DYNAMIC_SHARED(Shared, shared);
-  Shared& s = *shared;
-  const int64_t sample = blockIdx.x / kSplit;
-  const int block = blockIdx.x % kSplit;
-  Work& w = work[sample];
+  const int64_t sample = blockIdx.x / blocks;
   Rules r;
   const int64_t number = row_of(a, sample, &r);
   if (number < 0) return;
   const Row<T> row(a, number);
-  Plan plan = {kLeast, kLeast, kLeast, 0, 0};
-  if (r.any()) {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = w.bins[i];
-    int largest = 0;
-    for (int i = 0; i < kSplit; ++i)
-      if (static_cast<int>(w.largest[i]) > largest) largest = static_cast<int>(w.largest[i]);
-    __syncthreads();
-    plan = plan_of<T>(r, r.needs_total() ? total_of(w) : 0, largest, s);
-  }
-  if (block == 0 && threadIdx.x == 0) w.plan = plan;
-  if (plan.counted > kCapacity) return;  // the last kernel reads the row itself
-  bool bad;
-  const uint64_t above = warp_sum(gather(row, slice_of(row, block, kSplit), plan, s, &bad));
-  if (lane() == 0) w.above[block * kWarps + warp()] = above;
-  bad = __syncthreads_or(bad);
-  const unsigned listed = s.listed < kCapacity ? s.listed : kCapacity;
+  const Slice slice = slice_of(row, static_cast<int>(blockIdx.x % blocks), blocks);
+  const typename Row<T>::Step values = read_step(row, slice, 0);
+  const Plan plan = bracket(row, r, 1.f, s);
+  stream(row, slice, r, plan, values, s);
+  sum_warps(s);
+  Part& part = parts[blockIdx.x];
   if (threadIdx.x == 0) {
-    w.bad[block] = bad;
-    s.key = listed > 0 ? atomicAdd(&w.listed, listed) : 0;
+    part.plan = plan;
+    part.found = s.found;
   }
-  __syncthreads();
-  for (unsigned i = threadIdx.x; i < listed && s.key + i < kCapacity; i += kThreads)
-    w.list[s.key + i] = s.list[i];
+  const unsigned listed = s.listed < kCapacity ? s.listed : kCapacity;
+  for (unsigned i = threadIdx.x; i < listed; i += kThreads) part.list[i] = s.list[i];
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) draw_kernel(Arguments a, const Work* work) {
+__global__ void __launch_bounds__(kThreads)
+    draw_kernel(Arguments a, int blocks, const Part* all_parts) {
   KH_DYNAMIC_SHARED(Shared, shared);
   Shared& s = *shared;
   const int64_t sample = blockIdx.x;
-  const Work& w = work[sample];
   Rules r;
   const int64_t number = row_of(a, sample, &r);
   if (number < 0) {
@@ -975,58 +1081,41 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(Arguments a, const Work*
   }
   if (threadIdx.x == 0) s.random = random_of(a, sample);
   const Row<T> row(a, number);
-  const Plan plan = w.plan;
-  const uint64_t total = r.needs_total() ? total_of(w) : 0;
-  if (plan.counted > kCapacity) {
-    gather_and_draw(a, sample, row, r, plan, total, s);
-    return;
+  const Part* parts = all_parts + sample * blocks;
+  const Plan plan = parts[0].plan;
+  if (in_first_warp()) {
+    const Found own = lane() < blocks ? parts[lane()].found : Found{};
+    const unsigned first = warp_sum_through(own.listed) - own.listed;
+    const Found found = sum_of(own);
+    if (warp() == 0) {
+      s.parts[lane()] = own.above;
+      s.runs[lane()] = run_of(first, own.listed);
+      if (lane() == 0) s.found = found;
+    }
   }
-  bool bad = false;
-  for (int i = 0; i < kSplit; ++i) bad = bad || w.bad[i] != 0;
-  if (bad) {
-    if (threadIdx.x == 0) answer(a, sample, 0, false);
-    return;
-  }
-  // A segment is kSplit warps, which wrote side by side.
-  const uint64_t above = lane() < kSplit ? w.above[warp() * kSplit + lane()] : 0;
-  const uint64_t segment = warp_sum(above);
-  if (lane() == 0) s.segments[warp()] = segment;
-  const unsigned counted = plan.counted > 0 ? w.listed : 0;  // not cleared without filters
-  const int listed = static_cast<int>(counted < kCapacity ? counted : kCapacity);
-  for (int i = threadIdx.x; i < listed; i += kThreads) s.list[i] = w.list[i];
   __syncthreads();
-  draw(a, sample, row, r, plan, listed, total, s);
+  for (int part = warp(); s.found.listed <= kCapacity && part < blocks; part += kWarps) {
+    const unsigned first = s.runs[part] >> kRunBits, listed = s.runs[part] % (1u << kRunBits);
+    for (unsigned i = lane(); i < listed; i += kLanes) s.list[first + i] = parts[part].list[i];
+  }
+  __syncthreads();
+  finish(a, sample, row, r, plan, {blocks, packs_a_warp(row.packs, blocks) * kWarps, 1}, s);
 }
 
 // ---- launcher -------------------------------------------------------------------------------
 
-constexpr int64_t kVocabLimit = 1 << 19;
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 48 << 10, "what every platform has");
-static_assert(kSplit <= kLanes, "a lane takes each block's part of a segment");
-
-// Whether some row may have a filter: else nothing is counted.
-bool filtered(const Arguments& a) {
-  return a.top_k.data != nullptr || a.top_p.data != nullptr || a.min_p.data != nullptr ||
-         (a.top_k_value > 0 && a.top_k_value < a.vocab_size) || a.top_p_value < 1.f ||
-         a.min_p_value > 0.f;
-}
 
 template <class T>
-int run(const Arguments& a, int64_t blocks_a_row, Work* work, stream_t stream) {
+int run(const Arguments& a, int64_t blocks_a_row, Part* parts, stream_t stream) {
   const dim3 samples(static_cast<unsigned>(a.batch_size)), threads(kThreads);
   if (blocks_a_row == 1) return launch(sample_kernel<T>, samples, threads, kSharedBytes, stream, a);
-  const dim3 blocks(static_cast<unsigned>(a.batch_size * kSplit));
-  int status = 0;
-  if (filtered(a)) {
-    status = launch(clear_kernel, blocks, threads, 0, stream, work);
-    if (status == 0)
-      status = launch(count_kernel<T>, blocks, threads, kSharedBytes, stream, a, work);
-  }
-  if (status == 0)
-    status = launch(gather_kernel<T>, blocks, threads, kSharedBytes, stream, a, work);
-  if (status == 0) status = launch(draw_kernel<T>, samples, threads, kSharedBytes, stream, a, work);
-  return status;
+  const dim3 all(static_cast<unsigned>(a.batch_size * blocks_a_row));
+  const int blocks = static_cast<int>(blocks_a_row);
+  const int status = launch(stream_kernel<T>, all, threads, kSharedBytes, stream, a, blocks, parts);
+  if (status != 0) return status;
+  return launch(draw_kernel<T>, samples, threads, kSharedBytes, stream, a, blocks, parts);
 }
 
 // One number for each row or sample.
@@ -1066,15 +1155,16 @@ int32_t sampling_launch(const kh_top_k_top_p_sampling_from_probs_args& a, stream
              "seed and offset must be int64 [B] or [1]");
   if (batch_size == 0) return 0;
   KH_REQUIRE(vocab_size > 0 && vocab_size < kVocabLimit, "V must lie in [1, 2^19)");
-  KH_REQUIRE(batch_size <= kMaxGridX / kSplit, "more samples than a grid has blocks");
-  KH_REQUIRE(a.blocks_a_row == 1 || a.blocks_a_row == kSplit, "blocks_a_row must be 1 or %d",
-             kSplit);
+  KH_REQUIRE(batch_size <= kMaxGridX / kMaxBlocks, "more samples than a grid has blocks");
+  KH_REQUIRE(a.blocks_a_row >= 1 && a.blocks_a_row <= kMaxBlocks,
+             "blocks_a_row must lie in [1, %d]", kMaxBlocks);
   KH_REQUIRE(a.blocks_a_row == 1 ||
                  (present(a.workspace) && a.workspace.dtype == KH_UINT8 && a.workspace.ndim == 1 &&
                   well_formed(a.workspace) && a.workspace.stride[0] == 1 &&
-                  aligned(a.workspace.data, alignof(Work)) &&
-                  a.workspace.shape[0] / batch_size >= static_cast<int64_t>(sizeof(Work))),
-             "workspace must have %d bytes a sample", static_cast<int>(sizeof(Work)));
+                  aligned(a.workspace.data, alignof(Part)) &&
+                  a.workspace.shape[0] / (batch_size * a.blocks_a_row) >=
+                      static_cast<int64_t>(sizeof(Part))),
+             "workspace must have %d bytes a block", static_cast<int>(sizeof(Part)));
 
   Arguments args = {};
   args.probs = a.probs.data;
@@ -1100,10 +1190,10 @@ int32_t sampling_launch(const kh_top_k_top_p_sampling_from_probs_args& a, stream
   args.token_stride = a.tokens.stride[0];
   args.valid = present(a.valid) ? static_cast<uint8_t*>(a.valid.data) : nullptr;
   args.valid_stride = present(a.valid) ? a.valid.stride[0] : 0;
-  Work* work = static_cast<Work*>(a.workspace.data);
+  Part* parts = static_cast<Part*>(a.workspace.data);
   return for_float_type(a.probs.dtype, "probs", [&](auto type) {
     using T = typename decltype(type)::type;
-    return launched(run<T>(args, a.blocks_a_row, work, stream));
+    return launched(run<T>(args, a.blocks_a_row, parts, stream));
   });
 }
 

@@ -407,6 +407,9 @@ def _exact() -> Iterator[Case]:
     yield case("above-one-ranks-by-value",
                torch.tensor([[1.5, 3.0, 1.0, 2.0], [1.0, 1.0, 1e30, 1.0]]),
                draws=48, top_k=2)  # fmt: skip
+    yield case("least-of-min-p-beside-two", torch.tensor([[2.0, 0.5, 0.25, 0.5]]), draws=48,
+               min_p=0.25)  # fmt: skip
+    yield case("least-mass-filtered", _ones(600), draws=12, top_k=5, top_p=0.5)
     empty = [[-3.0, 1e-14, 0.25, -0.0, 1e-40, 0.5], [1e-40, -1.0, 0.0, 1e-3, 0.0, 0.0]]
     yield case("zero-mass-tokens", torch.tensor(empty), draws=48, top_k=4, top_p=0.9)
     edges = (0, 1, 31, 32, 63, 64, 127, 128, 255, 256, 511, 512, 1023, 1024, 1499, 1500)
@@ -440,6 +443,16 @@ def _exact() -> Iterator[Case]:
                    indices=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, 3, 5, 5]),
                    filter_apply_order=order, return_valid=True)  # fmt: skip
     yield case("long-rows-unfiltered", _long_rows, return_valid=True)
+    # A look at some of a row's elements tells little of these, or something wrong.
+    for order in ("top_k_first", "joint"):
+        yield case(f"misleading-{order}", _misleading, draws=2,
+                   top_k=torch.tensor([0, 0, 0, 300, 700, 0, 800, 5000, 30, 0, 2800, 0, 0, 5500]),
+                   top_p=torch.tensor([0.9, 0.9, 0.5, 1, 1, 0.6, 1, 0.7, 0.9, 1, 1, 0.9, 0.5, 1]),
+                   min_p=torch.tensor([0, 0, 0.01, 0, 0, 0, 0, 0, 0.5, 0.9, 0, 0, 0, 0]),
+                   filter_apply_order=order)  # fmt: skip
+    # So many samples that each has a block of its own, which reads its row in several steps.
+    yield case("long-row-often", partial(_model_probs, rows=1, vocab_size=25001), draws=130,
+               top_k=2000, top_p=0.99)  # fmt: skip
     yield case("masses-near-2^63", torch.ones(1, 20000), top_p=0.999, seed=-3,
                indices=torch.zeros(3, dtype=torch.int64))  # fmt: skip
 
@@ -450,6 +463,26 @@ def _crowded(g: torch.Generator, vocab_size: int = 9000) -> Tensor:
     probs[0] *= vocab_size / 2
     probs[4] = probs[4, :9].repeat(vocab_size)[:vocab_size]
     return probs
+
+
+def _misleading(g: torch.Generator, vocab_size: int = 9002) -> Tensor:
+    """Rows that sum to 3 and to 1/50, that hold their mass in every third group of 8 elements or in
+    the other two, ties on both sides of every mark, few elements with mass, and ranked ones."""
+    flat = _model_probs(g, 14, vocab_size, 0.5)
+    groups = torch.arange(vocab_size) // 8 % 3
+    flat[0] *= 3
+    flat[1] /= 50
+    flat[2:5] *= torch.where(groups == 1, 3.0, 1e-6)
+    flat[4, 5], flat[4, 6] = -1.0, 1.5
+    flat[5] = (1 + torch.arange(vocab_size) % 7) / (4 * vocab_size)
+    flat[6, 500:] = 0.0
+    flat[7] = flat[7].sort(descending=True).values
+    flat[8] = flat[8].sort().values
+    flat[10] *= torch.where(groups == 1, 3.0, 1e-6)
+    flat[11] *= torch.where(groups == 0, 0.3, 1.35)
+    flat[12] *= torch.where(groups == 0, 1e-6, 1.5)
+    flat[13, ::2] *= groups[::2] != 0
+    return flat
 
 
 def _long_rows(g: torch.Generator) -> Tensor:

@@ -89,46 +89,105 @@ KERNEL_MUTANTS = (
     _fault("index-unchecked-above", "row < 0 || row >= a.num_rows", "row < 0 || row > a.num_rows"),
     _fault("stream-always-numbered", "a.one_stream ? 0 :", "false ? 0 :"),
     _fault("column-stride-ignored", "? data[at * stride] : T{}", "? data[at] : T{}"),
-    # Masses and bounds.
+    # Masses.
     _fault("mass-above-one", "if (bits >= kOne) return kWholeMass;", ""),
     _fault("mass-rounded", "(mantissa << 20) >>", "((mantissa << 20) + (uint64_t{1} << 42)) >>"),
+    _fault(
+        "high-word-rounded",
+        "const float shifted = add_toward_zero(four, value);",
+        "const float shifted = __fadd_rn(four, value);",
+    ),
+    _fault(
+        "low-word-rounded",
+        "add_toward_zero(__uint_as_float(kLowZero), rest)",
+        "__fadd_rn(__uint_as_float(kLowZero), rest)",
+    ),
+    _fault("zeros-counted-as-one", "num_all += kPack;", "num_all += kPack - 1;"),
     _fault("need-rounded-down", "(portion * low + 0xffffffu)", "(portion * low)"),
-    _fault("half-bins-taken-for-one-value", "kInBin<half_t> = 3u << 13", "kInBin<half_t> = 0"),
-    _fault(
-        "fp32-bins-taken-for-one-value", "kInBin<float> = (1u << kBinBits) - 1", "kInBin<float> = 0"
-    ),
-    _fault(
-        "all-of-one-as-the-bin-below", "bin == kBins - 1 ? kWholeMass :", "false ? kWholeMass :"
-    ),
     _fault(
         "order-swapped",
         "return has_k() && has_p() && !joint;",
         "return has_k() && has_p() && joint;",
     ),
-    _fault("list-starts-at-top-k", "const Mark from = s.earliest.place", "const Mark from = kBins"),
+    # The bracket: only what must hold whatever the guess.
     _fault(
-        "earliest-bin-skipped",
-        "bin_floor(kBins - from.place);",
-        "bin_floor(kBins - 1 - from.place);",
+        "guess-believed-above",
+        "if (found.count_above >= r.top_k || found.above >= needed) return 0;",
+        "",
     ),
-    _fault("min-p-in-the-list-lost", "if (kept < plan.least) kept = plan.least;", ""),
+    _fault("guess-believed-below", "if (!selected.found && plan.low > kLeast) return 0;", ""),
+    _fault("cut-list-believed", "|| found.listed > kCapacity) return 0;", ") return 0;"),
     _fault(
-        "min-p-above-the-list-lost", "if (kBins - 1 - bin_of(least) < from.place) return known;", ""
+        "short-rows-guessed-from-above-2^-20",
+        "if (row.size <= kCapacity) return {kLeast, kInfinity, false};",
+        "if (row.size <= kCapacity) return {kLeast + (24u << 23), kInfinity, true};",
     ),
-    # Lists.
-    _fault("infinity-accepted", "most >= kInfinity << 1", "most > kInfinity << 1"),
-    _fault("rank-one-off", "r.top_k - 1 - plan.above", "r.top_k - plan.above"),
-    _fault("sorted-halfway", "for (int run = 2; run <= size;", "for (int run = 2; run < size;"),
+    # The stream.
     _fault(
-        "survivors-without-ties",
-        "if (bits >= kept) own_survivors",
-        "if (bits > kept) own_survivors",
+        "infinity-accepted", "if (bits << 1 >= kInfinity << 1)", "if (bits << 1 > kInfinity << 1)"
     ),
-    _fault("list-in-wrong-segment", "(index + row.lead) / Row<T>::kPack", "index / Row<T>::kPack"),
+    _fault(
+        "one-in-packs-above-one-lost",
+        "if (!has_mass(bits)) continue;",
+        "if (bits <= kOne) continue;",
+    ),
+    _fault("bracket-s-edge-not-above", "if (bits >= plan.high) {", "if (bits > plan.high) {"),
+    _fault(
+        "bracket-s-edge-not-summed",
+        "if (bits_of(values.at[k].at[i]) < plan.high) continue;",
+        "if (bits_of(values.at[k].at[i]) <= plan.high) continue;",
+    ),
+    _fault(
+        "packs-at-the-edge-skipped",
+        "if (most < plan.high) continue;",
+        "if (most <= plan.high) continue;",
+    ),
+    _fault("packs-at-the-low-edge-skipped", "if (most >= plan.low) {", "if (most > plan.low) {"),
+    _fault("runs-overlap", "+ through - num_hits;", "+ through - num_hits - (lane() > 9);"),
+    _fault(
+        "runs-of-steps-mixed",
+        "s.runs[step * kWarps + warp()] = run_of",
+        "s.runs[(step > 1 ? 1 : step) * kWarps + warp()] = run_of",
+    ),
+    _fault(
+        "last-step-left-out",
+        "(size + kStepPacks - 1) / kStepPacks}",
+        "size / kStepPacks + (size < kStepPacks)}",
+    ),
+    _fault(
+        "row-s-end-read-whole", "end * kPack - lead <= size;", "end * kPack - lead <= size + 1;"
+    ),
+    # The threshold.
+    _fault(
+        "of-few-the-first",
+        "count += other >= own && other > 0;",
+        "count += other > own && other > 0;",
+    ),
+    _fault(
+        "few-without-what-is-above",
+        "select_of_few(count, mass, count_limit",
+        "select_of_few(0, 0, count_limit",
+    ),
+    _fault("one-too-many-for-a-warp", "mark.count <= kLanes) {", "mark.count <= kLanes + 8) {"),
+    _fault(
+        "survivors-mass-of-the-row",
+        "needed = needed_of(r.portion, selected.mass);",
+        "needed = needed_of(r.portion, found.total);",
+    ),
+    _fault(
+        "min-p-lost",
+        "if (kept < least) kept = least;\n  if (kept < plan.low",
+        "if (kept < plan.low",
+    ),
+    _fault(
+        "min-p-above-the-bracket-from-its-sums",
+        "if (kept < plan.low || kept > plan.high) {",
+        "if (kept < plan.low) {",
+    ),
     # The slow way.
     _fault(
         "ties-not-flushed",
-        "if (count > 0) add_exactly(s, bin, count, mass);\n    __syncthreads();",
+        "if (neighbours > 0) add_exactly(s, bin, neighbours, their_mass);\n    __syncthreads();",
         "__syncthreads();",
     ),
     _fault(
@@ -136,27 +195,43 @@ KERNEL_MUTANTS = (
         "limb < kLimbs - 1 ? rest & kLimbMask : rest",
         "limb < kLimbs - 1 ? rest & kLimbMask : 0",
     ),
-    _fault("narrow-forgets-min-p", "kept > plan->least ? kept : plan->least", "kept"),
+    _fault(
+        "bins-one-too-narrow",
+        "32 - __clz(static_cast<int>((high - low - 1) >> kExactBits))",
+        "32 - __clz(static_cast<int>((high - low - 1) >> (kExactBits + 1)))",
+    ),
     _fault(
         "narrow-by-top-k-alone",
-        "kept = select(row, by_count.bits, plan->high, kNoLimit, needed, s).bits;",
+        "kept = select_from(row, by_count.bits, kNoLimit, needed, s).bits;",
         "kept = needed > 0 ? by_count.bits : 0;",
     ),
     # The draw.
+    _fault("list-s-mass-left-out", "s.parts[part] += more;", "s.parts[part] += 0;"),
+    _fault(
+        "dropped-entries-weighed",
+        "if (s.list[at].bits >= kept) more",
+        "if (s.list[at].bits > 0) more",
+    ),
     _fault("token-one-early", "if (one > left) {", "if (one >= left) {"),
     _fault("philox-of-nine-rounds", "round < 10", "round < 9"),
     _fault("target-without-carry", "(middle >> 32) + (other >> 32)", "(middle >> 32)"),
     _fault("lead-forgotten", "(own + k) * kPack - row.lead + i", "(own + k) * kPack + i"),
     # Rows that blocks share.
-    _fault("bins-not-cleared", "w.bins[i] = 0;", "w.bins[i] = 1;"),
-    _fault("list-not-cleared", "if (first == 0) w.listed = 0;", "if (first == 0) w.listed = 1;"),
-    _fault("total-of-one-block", "i < kSplit; ++i) total +=", "i < 1; ++i) total +="),
-    _fault("bad-of-one-block", "bad = bad || w.bad[i] != 0;", "bad = bad || w.bad[0] != 0;"),
-    _fault("largest-of-one-block", "if (static_cast<int>(w.largest[i]) > largest)", "if (i == 0)"),
     _fault(
-        "parts-of-segments-mixed",
-        "w.above[warp() * kSplit + lane()]",
-        "w.above[lane() * kSplit + warp()]",
+        "other-blocks-lists-lost",
+        "s.runs[lane()] = run_of(first, own.listed);",
+        "s.runs[lane()] = run_of(0, own.listed);",
+    ),
+    _fault(
+        "largest-of-one-block",
+        "warp_max(static_cast<int>(part.largest))",
+        "static_cast<int>(part.largest)",
+    ),
+    _fault("total-of-one-block", "{warp_sum(part.total), warp", "{part.total, warp"),
+    _fault(
+        "blocks-parts-a-warp-long",
+        "{blocks, packs_a_warp(row.packs, blocks) * kWarps, 1}",
+        "{blocks, packs_a_warp(row.packs, blocks), 1}",
     ),
 )
 """Faults of the kernel, run by the `simt` backend."""

@@ -64,6 +64,7 @@ __global__ void names(float* floats /*[16]*/, unsigned long long* integers /*[32
   floats[i++] = min(x, 2.f) + max(x, 2.f);
   floats[i++] = up;
   floats[i++] = __ldg(floats);
+  floats[i++] = (kh::add_toward_zero(4.f, x * 0x1p-22f) - 4.f) * 0x1p21f;
 }
 
 __global__ void pairs(const uint32_t* a /*[count]*/, const uint32_t* b /*[count]*/,

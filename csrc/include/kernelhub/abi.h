@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define KH_ABI_FINGERPRINT "6b372b826be297da"
+#define KH_ABI_FINGERPRINT "19ba52c03623aa7f"
 #define KH_ABI_VERSION 1
 #define KH_MAX_DIMS 8
 
@@ -119,7 +119,7 @@ typedef struct kh_top_k_top_p_sampling_from_probs_args {
   int64_t seed_value;
   int64_t offset_value;
   int64_t joint;  // 1 for filter_apply_order joint, 0 for top_k_first
-  int64_t blocks_a_row;  // 1, or 8 with a workspace; never changes a result
+  int64_t blocks_a_row;  // 1, or up to 32 with a workspace; never changes a result
 } kh_top_k_top_p_sampling_from_probs_args;
 int32_t kh_top_k_top_p_sampling_from_probs(const kh_top_k_top_p_sampling_from_probs_args* args, void* stream);
 

@@ -31,6 +31,9 @@ __device__ __forceinline__ uint16_t float_to_bf16_bits(float v) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(v));
 }
 
+// a + b rounded towards zero, of a >= b >= 0.
+__device__ __forceinline__ float add_toward_zero(float a, float b) { return __fadd_rz(a, b); }
+
 // Two 16-bit floats in one word. `_rn`: a product and a difference are not joined.
 __device__ __forceinline__ uint32_t subtract_half_pairs(uint32_t a, uint32_t b) {
   const __half2 result =

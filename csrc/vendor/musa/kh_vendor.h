@@ -41,6 +41,13 @@ __device__ __forceinline__ uint16_t float_to_bf16_bits(float v) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// a + b rounded towards zero, of a >= b >= 0; the difference is exact. Not known: whether mcc has
+// __fadd_rz.
+__device__ __forceinline__ float add_toward_zero(float a, float b) {
+  const float sum = __fadd_rn(a, b);
+  return __fadd_rn(sum, -a) > b ? __uint_as_float(__float_as_uint(sum) - 1) : sum;
+}
+
 // Two 16-bit floats in one word. Not known: whether mcc joins a product and a difference of halves.
 __device__ __forceinline__ uint32_t subtract_half_pairs(uint32_t a, uint32_t b) {
   const __half2 result =

@@ -125,7 +125,7 @@ OPS: dict[str, tuple[Field, ...]] = {
         "int64 seed_value",
         "int64 offset_value",
         "int64 joint: 1 for filter_apply_order joint, 0 for top_k_first",
-        "int64 blocks_a_row: 1, or 8 with a workspace; never changes a result",
+        "int64 blocks_a_row: 1, or up to 32 with a workspace; never changes a result",
     ),
 }
 """The arguments of each compiled op, in order."""

@@ -10,16 +10,19 @@ from torch import Tensor
 from kernelhub.backend import Implementation
 from kernelhub.backends.native.kernels import Launchers
 
-SPLIT = 8
-"""Blocks that share a row, where several do: `kSplit` of the kernel."""
+MOST_BLOCKS = 32
+"""That can share a row: `kMaxBlocks` of the kernel."""
 
-WORKSPACE_BYTES = 80032
-"""Of one sample whose row several blocks share: the size of the kernel's `Work`."""
+WORKSPACE_BYTES = 32816
+"""Of each block, where several share a row: the size of the kernel's `Part`."""
 
 
 def blocks_a_row(batch_size: int, vocab_size: int) -> int:
-    """1 or SPLIT. One block a row leaves most of a GPU idle where samples are few."""
-    return SPLIT if batch_size <= 32 and vocab_size > 2**15 else 1
+    """How many blocks share a row. One a row leaves most of a GPU idle where samples are few."""
+    blocks = 1
+    while blocks < MOST_BLOCKS and 2 * blocks * batch_size <= 256 and blocks * 2**12 <= vocab_size:
+        blocks *= 2
+    return blocks
 
 
 def make(launchers: Launchers) -> Implementation:
@@ -47,7 +50,7 @@ def make(launchers: Launchers) -> Implementation:
         blocks = blocks_a_row(batch_size, vocab_size)
         workspace = None
         if blocks > 1:
-            size = batch_size * WORKSPACE_BYTES
+            size = batch_size * blocks * WORKSPACE_BYTES
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
         launchers[device](
             probs,

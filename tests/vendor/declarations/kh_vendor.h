@@ -128,6 +128,7 @@ using stream_t = declared_stream_t;
 __device__ float half_bits_to_float(uint16_t);
 __device__ uint16_t float_to_half_bits(float);
 __device__ uint16_t float_to_bf16_bits(float);
+__device__ float add_toward_zero(float, float);
 __device__ uint32_t subtract_half_pairs(uint32_t, uint32_t);
 __device__ uint32_t subtract_bf16_pairs(uint32_t, uint32_t);
 __device__ uint32_t multiply_half_pairs(uint32_t, uint32_t);

@@ -49,6 +49,16 @@ inline int __float_as_int(float v) { return simt::same_bits<int>(v); }
 inline float __uint_as_float(unsigned bits) { return simt::same_bits<float>(bits); }
 inline unsigned __float_as_uint(float v) { return simt::same_bits<unsigned>(v); }
 
+namespace kh {
+
+// a + b rounded towards zero, of a >= b >= 0; the difference is exact.
+inline float add_toward_zero(float a, float b) {
+  const float sum = __fadd_rn(a, b);
+  return __fadd_rn(sum, -a) > b ? __uint_as_float(__float_as_uint(sum) - 1) : sum;
+}
+
+}  // namespace kh
+
 template <class T>
 T __ldg(const T* p) {
   return *p;
