@@ -102,10 +102,12 @@ def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
     if scheme == "fp32" or arch.startswith(_WITHOUT_MATRIX_UNIT):
         return "r8" if rows <= 4096 else "r16"
     if op == "fused_moe_gemv" or k <= 1024:
-        return "m32w2"
+        return "m64w2" if scheme == "int4" else "m32w2"
     if rows * k < 2**25:
-        return "m16w8"
-    return "m32w2" if k <= 4096 else "m32w4" if scheme == "dense" else "m16w4"
+        return "m32w4" if scheme == "int4" and rows > 2048 else "m16w8"
+    if k <= 4096:
+        return "m64w2" if scheme == "dense" else "m32w2"
+    return "m32w4" if scheme == "dense" else "m64w2"
 
 
 _WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128")
