@@ -504,6 +504,13 @@ def _hostile_data_cases() -> Iterator[Case]:
             "hostile",
             _altered(_make(weights, 17, 18, 16), **{name: lambda t: _filled(t, places, math.nan)}),
         )
+    # In each vector of 16 codes along K, one to a row.
+    vectors = (range(32), range(5, 512, 16))
+    yield Case(
+        "w8a16-nan-in-each-vector",
+        "hostile",
+        _altered(_make("w8a16", 3, 33, 512), weight=lambda w: _filled(w, vectors, math.nan)),
+    )
     for weights in ("w8a16", "w4a16"):
         how = {"scale": "channel"} if weights == "w8a16" else {}
         for value in (math.nan, math.inf, 0.0, -2.0):
