@@ -13,7 +13,7 @@ import click
 import torch
 
 from kernelhub import plugins, provenance, registry
-from kernelhub.bench import cases, runs, tune
+from kernelhub.bench import cases, peers, runs, tune
 from kernelhub.bench.cases import KINDS, SUITES, Case
 from kernelhub.bench.models import MODELS
 from kernelhub.bench.rows import rows_of
@@ -72,6 +72,14 @@ SCHEMA = 1
 @device_option
 @click.option("--rounds", default=runs.ROUNDS, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--eager", is_flag=True, help="No graphs: time the calls, with the host's share.")
+@click.option(
+    "--peers",
+    "wanted_peers",
+    default="none",
+    show_default=True,
+    metavar="none|all|NAME,NAME",
+    help=f"Other libraries' kernels to time in turn: {', '.join(peers.NAMES)}.",
+)
 @click.option("--plugin", metavar="MODULE", help="Import this first: it registers a backend.")
 @click.option(
     "--tune", "tuning", is_flag=True, help="Time every tile of the one --backend instead."
@@ -93,6 +101,7 @@ def command(
     device: Device,
     rounds: int,
     eager: bool,
+    wanted_peers: str,
     plugin: str | None,
     tuning: bool,
     output: Path | None,
@@ -100,8 +109,8 @@ def command(
 ) -> None:
     """Time ops on backends, interleaved in one process, beside a read of as many bytes.
 
-    A backend that cannot run a case is listed with its reason. Exits with 1 where a backend failed,
-    a figure is above what memory gives, or nothing was timed. With --tune, times each tile of the
+    A backend that cannot run a case is listed with its reason. Exits with 1 where a run failed, a
+    figure is above what memory gives, or nothing was timed. With --tune, times each tile of the
     kernels and writes a table of those that beat the ones in use.
     """
     for path in (output, None if json_path in (None, "-") else Path(json_path or "")):
@@ -119,9 +128,12 @@ def command(
             raise click.ClickException(absent)
         assert not isinstance(device, DeviceDesc)
         if tuning:
+            if wanted_peers != "none":
+                raise Refused("--tune has no --peers")
             report = _tuned(found, names, device, rounds, not eager, output)
         else:
-            report = _timed(found, names, device, rounds, not eager)
+            others = _peers(wanted_peers)
+            report = _timed(found, names, others, device, rounds, not eager)
     if json_path == "-":
         write_json(report)
     else:
@@ -129,6 +141,13 @@ def command(
             write_file(Path(json_path), json.dumps(report, indent=1) + "\n")
         print_report(report)
     raise click.exceptions.Exit(0 if report["ok"] else 1)
+
+
+def _peers(wanted: str) -> list[peers.Found]:
+    try:
+        return peers.find(wanted)
+    except peers.AbsentPeer as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _import(module: str) -> None:
@@ -179,16 +198,31 @@ def _automatic(device: Device) -> tuple[str, ...]:
 
 
 def _timed(
-    found: list[Case], names: tuple[str, ...], device: torch.device, rounds: int, graphs: bool
+    found: list[Case],
+    names: tuple[str, ...],
+    others: list[peers.Found],
+    device: torch.device,
+    rounds: int,
+    graphs: bool,
 ) -> dict[str, Any]:
     roof = runs.measure_roof(device, rounds, graphs)
     variants = [runs.Variant(name, name) for name in names]
     results: list[dict[str, Any]] = []
     for case in followed([(case.op, case) for case in found]):
-        results += rows_of(
-            runs.measure(case, variants, device, roof=roof, rounds=rounds, graphs=graphs)
+        entrants = peers.entrants(others, case.op)
+        measured = runs.measure(
+            case, variants, device, roof=roof, rounds=rounds, graphs=graphs, peers=entrants
         )
-    return {**_head(device, rounds), "roof": _roof(roof), **_verdict(results), "results": results}
+        results += rows_of(measured, {e.name: e.version for e in entrants})
+    return {
+        **_head(device, rounds),
+        "roof": _roof(roof),
+        "peers": [
+            {"name": f.peer.name, "version": f.version, "missing": f.missing} for f in others
+        ],
+        **_verdict(results),
+        "results": results,
+    }
 
 
 def _verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
