@@ -13,7 +13,7 @@ import click
 import torch
 
 from kernelhub import plugins, provenance, registry
-from kernelhub.bench import cases, peers, runs, tune
+from kernelhub.bench import cases, peers, plot, runs, tune
 from kernelhub.bench.cases import KINDS, SUITES, Case
 from kernelhub.bench.models import MODELS
 from kernelhub.bench.rows import rows_of
@@ -90,6 +90,20 @@ SCHEMA = 1
     help="With --tune: where the table of the best tiles goes.",
 )
 @click.option("--json", "json_path", metavar="FILE", help="Write the figures here; - is stdout.")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Draw the figures: achieved bandwidth over bytes moved. Needs matplotlib.",
+)
+@click.option(
+    "--from",
+    "kept",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="With --plot: time nothing, draw what --json wrote.",
+)
 def command(
     ops: tuple[str, ...],
     models: tuple[str, ...],
@@ -106,6 +120,8 @@ def command(
     tuning: bool,
     output: Path | None,
     json_path: str | None,
+    picture: Path | None,
+    kept: Path | None,
 ) -> None:
     """Time ops on backends, interleaved in one process, beside a read of as many bytes.
 
@@ -113,9 +129,14 @@ def command(
     figure is above what memory gives, or nothing was timed. With --tune, times each tile of the
     kernels and writes a table of those that beat the ones in use.
     """
-    for path in (output, None if json_path in (None, "-") else Path(json_path or "")):
+    for path in (output, picture, None if json_path in (None, "-") else Path(json_path or "")):
         if path is not None:
             need_folder(path)
+    if picture is not None:
+        _check_picture(picture)
+    if kept is not None:
+        _draw_kept(kept, picture, bool(ops or models or shapes or suite or tuning))
+        return
     with stdout_reserved():
         if plugin is not None:
             _import(plugin)
@@ -128,8 +149,8 @@ def command(
             raise click.ClickException(absent)
         assert not isinstance(device, DeviceDesc)
         if tuning:
-            if wanted_peers != "none":
-                raise Refused("--tune has no --peers")
+            if wanted_peers != "none" or picture is not None:
+                raise Refused("--tune has no --peers and no --plot")
             report = _tuned(found, names, device, rounds, not eager, output)
         else:
             others = _peers(wanted_peers)
@@ -140,7 +161,29 @@ def command(
         if json_path:
             write_file(Path(json_path), json.dumps(report, indent=1) + "\n")
         print_report(report)
+    if picture is not None and any(row["status"] == "timed" for row in report["results"]):
+        plot.draw(report, picture)
     raise click.exceptions.Exit(0 if report["ok"] else 1)
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse, before the work, what could not be drawn after it."""
+    if path.suffix != ".png":
+        raise Refused(f"--plot {path}: expected a name that ends in .png")
+    try:
+        plot.need_matplotlib()
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _draw_kept(kept: Path, picture: Path | None, more: bool) -> None:
+    if picture is None or more:
+        raise Refused("--from draws what is kept: it needs --plot, and no cases to time")
+    try:
+        report = json.loads(kept.read_text())
+        plot.draw(report, picture)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{kept} holds no results of bench --json: {error}") from error
 
 
 def _peers(wanted: str) -> list[peers.Found]:
