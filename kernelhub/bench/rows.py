@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kernelhub.bench.runs import Floor, Measured, Run
 
 
-def rows_of(measured: Measured) -> list[dict[str, Any]]:
-    """One row a variant; ratios are of the medians."""
-    return [_row(measured, run) for run in measured.runs]
+def rows_of(measured: Measured, versions: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """One row a variant; ratios are of the medians. `versions` are those of peers, by name."""
+    rows = [_row(measured, run) for run in measured.runs]
+    return [{**row, "version": (versions or {}).get(row["backend"], "")} for row in rows]
 
 
 def _row(measured: Measured, run: Run) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def _row(measured: Measured, run: Run) -> dict[str, Any]:
         "status": run.status,
         "reason": run.reason,
         "fault": run.fault,
+        "note": run.note,
     }
     if run.timing is None:
         return row

@@ -17,6 +17,7 @@ from kernelhub.bench import clock, stream
 from kernelhub.bench.cases import Case
 from kernelhub.bench.clock import Clock, Sampler, Timing
 from kernelhub.bench.inputs import Calls, rotated_bytes
+from kernelhub.bench.peers import Entrant, check
 from kernelhub.bench.stream import Roof
 from kernelhub.function import entry_for, get
 from kernelhub.policy import use
@@ -39,7 +40,7 @@ class Run:
     """What one variant of one case showed.
 
     `status`: "timed", "declined" (the backend says that it cannot, `reason`) or "failed" (it said
-    that it could). `fault` says why a time is not to be believed.
+    that it could). `fault` says why a time is not to be believed, `note` how a peer's work differs.
     """
 
     variant: str
@@ -49,6 +50,16 @@ class Run:
     timing: Timing | None = None
     gbs: float | None = None
     fault: str = ""
+    note: str = ""
+
+
+@attrs.frozen
+class Ready:
+    """A variant that can be timed: what samples it, how, and how its work differs."""
+
+    sampler: Sampler
+    method: str
+    note: str = ""
 
 
 @attrs.frozen
@@ -102,22 +113,24 @@ def measure(
     rounds: int = ROUNDS,
     floor: bool = True,
     graphs: bool = True,
+    peers: Sequence[Entrant] = (),
 ) -> Measured:
-    """Time one case: all variants and the floor interleaved."""
+    """Time one case: all variants, the peers and the floor interleaved."""
     timer = clock.clock_of(device, graphs)
+    everyone: tuple[Variant | Entrant, ...] = (*variants, *peers)
     try:
-        declined = _declined(case, variants, device)
+        declined = _declined(case, variants, device) | _elsewhere(peers, device)
         needed, limit = case.memory_bytes(rotated_bytes(device)), memory_limit(device)
         if needed > limit:
             reason = f"needs {needed / 1e9:.2f} GB of {device}, which has {limit / 1e9:.2f} GB left"
-            declined = {v.name: Run(v.name, "declined", reason) for v in variants} | declined
-        if len(declined) == len(variants):  # nobody needs the inputs
-            return Measured(case, 0, 0, tuple(declined[v.name] for v in variants), None)
+            declined = {v.name: Run(v.name, "declined", reason) for v in everyone} | declined
+        if len(declined) == len(everyone):  # nobody needs the inputs
+            return Measured(case, 0, 0, tuple(declined[v.name] for v in everyone), None)
         with torch.no_grad():
-            return _measure(case, variants, declined, device, timer, roof, rounds, floor)
+            return _measure(case, everyone, declined, device, timer, roof, rounds, floor)
     except Exception as error:  # no inputs, or a device that an earlier kernel broke
         reason = f"{type(error).__name__}: {error}"
-        failed = tuple(Run(v.name, "failed", reason) for v in variants)
+        failed = tuple(Run(v.name, "failed", reason) for v in everyone)
         return Measured(case, 0, 0, failed, None)
     finally:
         timer.release()
@@ -135,13 +148,21 @@ def _declined(case: Case, variants: Sequence[Variant], device: torch.device) -> 
     return found
 
 
+def _elsewhere(peers: Sequence[Entrant], device: torch.device) -> dict[str, Run]:
+    return {
+        p.name: Run(p.name, "declined", f"runs on {', '.join(p.devices)}")
+        for p in peers
+        if p.devices and device.type not in p.devices
+    }
+
+
 def _entry(op: str, backend: str, call: dict[str, Any]) -> registry.Entry | None:
     return entry_for(op, backend, registry.spec(op).bind(**call))
 
 
 def _measure(
     case: Case,
-    variants: Sequence[Variant],
+    variants: Sequence[Variant | Entrant],
     declined: dict[str, Run],
     device: torch.device,
     timer: Clock,
@@ -152,10 +173,14 @@ def _measure(
     budget = rotated_bytes(device)
     sets = case.sets(device, budget)
     num_bytes = sum(map(case.cost, sets)) // len(sets)
-    prepared: dict[str, Run | tuple[Sampler, str]] = {}
+    prepared: dict[str, Run | Ready] = {}
     for variant in variants:
-        prepared[variant.name] = declined.get(variant.name) or _prepare(case, variant, sets, timer)
-    samplers = {f"variant {n}": p[0] for n, p in prepared.items() if isinstance(p, tuple)}
+        prepared[variant.name] = declined.get(variant.name) or (
+            _prepare(case, variant, sets, timer)
+            if isinstance(variant, Variant)
+            else _prepare_peer(case, variant, sets, timer)
+        )
+    samplers = {f"variant {n}": p.sampler for n, p in prepared.items() if isinstance(p, Ready)}
     if floor and samplers:
         ways = _streams(num_bytes, device, budget, timer)
         samplers.update({f"floor {way}": sampler for way, sampler in ways.items()})
@@ -167,7 +192,8 @@ def _measure(
         elif f"variant {name}" in failures:
             runs.append(Run(name, "failed", failures[f"variant {name}"]))
         else:
-            runs.append(_judged(name, found[1], timings[f"variant {name}"], num_bytes, roof))
+            run = _judged(name, found.method, timings[f"variant {name}"], num_bytes, roof)
+            runs.append(attrs.evolve(run, note=found.note))
     floors = [
         Floor(n.removeprefix("floor "), t) for n, t in timings.items() if n.startswith("floor ")
     ]
@@ -175,9 +201,7 @@ def _measure(
     return Measured(case, num_bytes, len(sets), tuple(runs), best)
 
 
-def _prepare(
-    case: Case, variant: Variant, sets: list[Calls], timer: Clock
-) -> Run | tuple[Sampler, str]:
+def _prepare(case: Case, variant: Variant, sets: list[Calls], timer: Clock) -> Run | Ready:
     """What samples a variant and how, or why it cannot be timed."""
     name, backend = variant.name, variant.backend
     entries = [_entry(case.op, backend, call) for call in sets[0]]
@@ -192,7 +216,26 @@ def _prepare(
         sampler = timer.sampler(calls, variant.scope, graph_safe)
     except Exception as error:  # a kernel's, a build's or of memory: the others go on
         return Run(name, "failed", f"{type(error).__name__}: {error}")
-    return sampler, timer.method(graph_safe)
+    return Ready(sampler, timer.method(graph_safe))
+
+
+def _prepare_peer(case: Case, entrant: Entrant, sets: list[Calls], timer: Clock) -> Run | Ready:
+    """The same for a peer, which must also give what the reference gives."""
+    name = entrant.name
+    try:
+        offer = entrant.kernel.prepare(case, sets)
+        if isinstance(offer, str):
+            return Run(name, "declined", offer)
+        wanted = check.expected(case.op, sets[0])  # before the call: it may write to its inputs
+        wrong = check.fault(case.op, wanted, offer.calls[0](), offer.allowed)
+        if wrong:
+            return Run(name, "failed", f"fault: {wrong}")
+        sampler = timer.sampler(offer.calls, contextlib.nullcontext, offer.graph_safe)
+    except torch.OutOfMemoryError:
+        return Run(name, "declined", "its own copies of the inputs do not fit beside these")
+    except Exception as error:  # of a library: the others go on
+        return Run(name, "failed", f"{type(error).__name__}: {error}")
+    return Ready(sampler, timer.method(offer.graph_safe), offer.note)
 
 
 def why_not(op: str, backend: str, call: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ def print_report(report: dict[str, Any]) -> None:
         if row["status"] == "timed":
             this = (row["op"], row["case"])
             heading: Any = titled(*this) if this != shown else ""
-            rows.add_row(heading, text(row["backend"]), *map(text, _figures(row)))
+            rows.add_row(heading, text(_who(row)), *map(text, _figures(row)))
             shown = this
     if shown:
         show(rows)
@@ -29,6 +29,10 @@ def print_report(report: dict[str, Any]) -> None:
         say(f"{tile['op']} {tile['class']}: {verdict if tile['best'] else 'nothing timed'}{kept}")
     for problem in report["problems"]:
         say(problem, "bold red")
+
+
+def _who(row: dict[str, Any]) -> str:
+    return f"{row['backend']} ~" if row["note"] else str(row["backend"])
 
 
 def _figures(row: dict[str, Any]) -> Iterator[str]:
@@ -57,6 +61,13 @@ def _notes(report: dict[str, Any]) -> None:
     eager = sorted({row["backend"] for row in results if row.get("method") == "eager"})
     if eager:
         say(f"timed without a graph, with the host's share: {', '.join(eager)}", "dim")
+    notes = dict.fromkeys((r["op"], r["backend"], r["version"], r["note"]) for r in results)
+    for op, backend, version, note in notes:
+        if note:
+            say(f"~ {op} on {backend} {version}: {note}", "dim")
+    for peer in report.get("peers", ()):
+        if peer["missing"]:
+            say(f"peer {peer['name']}: {peer['missing']}", "dim")
     for row in results:
         if row["fault"]:
             say(f"! {row['op']} {row['case']} on {row['backend']}: {row['fault']}", "bold red")

@@ -13,7 +13,7 @@ import click
 import torch
 
 from kernelhub import plugins, provenance, registry
-from kernelhub.bench import cases, runs, tune
+from kernelhub.bench import cases, peers, plot, runs, tune
 from kernelhub.bench.cases import KINDS, SUITES, Case
 from kernelhub.bench.models import MODELS
 from kernelhub.bench.rows import rows_of
@@ -72,6 +72,14 @@ SCHEMA = 1
 @device_option
 @click.option("--rounds", default=runs.ROUNDS, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--eager", is_flag=True, help="No graphs: time the calls, with the host's share.")
+@click.option(
+    "--peers",
+    "wanted_peers",
+    default="none",
+    show_default=True,
+    metavar="none|all|NAME,NAME",
+    help=f"Other libraries' kernels to time in turn: {', '.join(peers.NAMES)}.",
+)
 @click.option("--plugin", metavar="MODULE", help="Import this first: it registers a backend.")
 @click.option(
     "--tune", "tuning", is_flag=True, help="Time every tile of the one --backend instead."
@@ -82,6 +90,20 @@ SCHEMA = 1
     help="With --tune: where the table of the best tiles goes.",
 )
 @click.option("--json", "json_path", metavar="FILE", help="Write the figures here; - is stdout.")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Draw the figures: achieved bandwidth over bytes moved. Needs matplotlib.",
+)
+@click.option(
+    "--from",
+    "kept",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="With --plot: time nothing, draw what --json wrote.",
+)
 def command(
     ops: tuple[str, ...],
     models: tuple[str, ...],
@@ -93,20 +115,28 @@ def command(
     device: Device,
     rounds: int,
     eager: bool,
+    wanted_peers: str,
     plugin: str | None,
     tuning: bool,
     output: Path | None,
     json_path: str | None,
+    picture: Path | None,
+    kept: Path | None,
 ) -> None:
     """Time ops on backends, interleaved in one process, beside a read of as many bytes.
 
-    A backend that cannot run a case is listed with its reason. Exits with 1 where a backend failed,
-    a figure is above what memory gives, or nothing was timed. With --tune, times each tile of the
+    A backend that cannot run a case is listed with its reason. Exits with 1 where a run failed, a
+    figure is above what memory gives, or nothing was timed. With --tune, times each tile of the
     kernels and writes a table of those that beat the ones in use.
     """
-    for path in (output, None if json_path in (None, "-") else Path(json_path or "")):
+    for path in (output, picture, None if json_path in (None, "-") else Path(json_path or "")):
         if path is not None:
             need_folder(path)
+    if picture is not None:
+        _check_picture(picture)
+    if kept is not None:
+        _draw_kept(kept, picture, bool(ops or models or shapes or suite or tuning))
+        return
     with stdout_reserved():
         if plugin is not None:
             _import(plugin)
@@ -119,16 +149,48 @@ def command(
             raise click.ClickException(absent)
         assert not isinstance(device, DeviceDesc)
         if tuning:
+            if wanted_peers != "none" or picture is not None:
+                raise Refused("--tune has no --peers and no --plot")
             report = _tuned(found, names, device, rounds, not eager, output)
         else:
-            report = _timed(found, names, device, rounds, not eager)
+            others = _peers(wanted_peers)
+            report = _timed(found, names, others, device, rounds, not eager)
     if json_path == "-":
         write_json(report)
     else:
         if json_path:
             write_file(Path(json_path), json.dumps(report, indent=1) + "\n")
         print_report(report)
+    if picture is not None and any(row["status"] == "timed" for row in report["results"]):
+        plot.draw(report, picture)
     raise click.exceptions.Exit(0 if report["ok"] else 1)
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse, before the work, what could not be drawn after it."""
+    if path.suffix != ".png":
+        raise Refused(f"--plot {path}: expected a name that ends in .png")
+    try:
+        plot.need_matplotlib()
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _draw_kept(kept: Path, picture: Path | None, more: bool) -> None:
+    if picture is None or more:
+        raise Refused("--from draws what is kept: it needs --plot, and no cases to time")
+    try:
+        report = json.loads(kept.read_text())
+        plot.draw(report, picture)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{kept} holds no results of bench --json: {error}") from error
+
+
+def _peers(wanted: str) -> list[peers.Found]:
+    try:
+        return peers.find(wanted)
+    except peers.AbsentPeer as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _import(module: str) -> None:
@@ -179,16 +241,31 @@ def _automatic(device: Device) -> tuple[str, ...]:
 
 
 def _timed(
-    found: list[Case], names: tuple[str, ...], device: torch.device, rounds: int, graphs: bool
+    found: list[Case],
+    names: tuple[str, ...],
+    others: list[peers.Found],
+    device: torch.device,
+    rounds: int,
+    graphs: bool,
 ) -> dict[str, Any]:
     roof = runs.measure_roof(device, rounds, graphs)
     variants = [runs.Variant(name, name) for name in names]
     results: list[dict[str, Any]] = []
     for case in followed([(case.op, case) for case in found]):
-        results += rows_of(
-            runs.measure(case, variants, device, roof=roof, rounds=rounds, graphs=graphs)
+        entrants = peers.entrants(others, case.op)
+        measured = runs.measure(
+            case, variants, device, roof=roof, rounds=rounds, graphs=graphs, peers=entrants
         )
-    return {**_head(device, rounds), "roof": _roof(roof), **_verdict(results), "results": results}
+        results += rows_of(measured, {e.name: e.version for e in entrants})
+    return {
+        **_head(device, rounds),
+        "roof": _roof(roof),
+        "peers": [
+            {"name": f.peer.name, "version": f.version, "missing": f.missing} for f in others
+        ],
+        **_verdict(results),
+        "results": results,
+    }
 
 
 def _verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
