@@ -408,6 +408,15 @@ int32_t choose_tile(const Problem& p, int64_t tile, stream_t stream) {
 }  // namespace
 
 int32_t run(Problem p, int32_t weight_dtype, int64_t tile, stream_t stream) {
+  const int64_t portable = tile >> 8;  // for what one of the platform's own tiles does not serve
+  tile &= 0xff;
+  if constexpr (kStreams) {
+    if (tile >= kStream) {
+      const int32_t status = run_stream(p, weight_dtype, tile, stream);
+      if (status != kNotServed) return status;
+      tile = portable;
+    }
+  }
   const bool on_matrix_unit = tile < kRows8;
   p.int4_base = 150u << 23;  // 2^23
   switch (weight_dtype) {

@@ -88,8 +88,9 @@ def result_dtype(scheme: str) -> torch.dtype:
 def fused_gemv(make: Maker, scheme: str, rows: int, f: Facts) -> Iterator[Calls]:
     n, k, act = f["N"], f["K"], f["act"]
     width = n // 2 if act == "swiglu" else n
+    x = activation(make, scheme, rows, k)
     while True:
-        call = {**activation(make, scheme, rows, k), **weight(make, scheme, (), n, k)}
+        call = {**x, **weight(make, scheme, (), n, k)}
         out = make.empty(rows, width, dtype=result_dtype(scheme))
         yield [{**call, "activation": None if act == "none" else act, "out": out}]
 
@@ -101,6 +102,7 @@ def fused_moe_gemv(make: Maker, scheme: str, rows: int, f: Facts) -> Iterator[Ca
     dtype = result_dtype(scheme)
     weights: list[list[dict[str, Tensor]]] = []
     index, made_bytes = 0, 0
+    x = activation(make, scheme, rows, *((k, inter) if stage == "down" else (hidden,)))
     while True:
         if not weights or made_bytes < make.budget:
             ups = weight(make, scheme, (experts,), 2 * inter, hidden) if stage != "down" else {}
@@ -113,14 +115,13 @@ def fused_moe_gemv(make: Maker, scheme: str, rows: int, f: Facts) -> Iterator[Ca
         middle = make.empty(rows, k, inter, dtype=dtype)
         calls: Calls = []
         if stage != "down":
-            x = activation(make, scheme, rows, hidden)
             calls += [{**x, **up, "topk_ids": topk_ids, "activation": "swiglu", "out": middle}]
         if stage != "gate-up":
-            x = activation(make, scheme, rows, k, inter) if stage == "down" else {"x": middle}
+            values = x if stage == "down" else {"x": middle}
             lead = (rows,) if f["reduce"] else (rows, k)
             out = make.empty(*lead, hidden, dtype=dtype)
             more = {"topk_weights": router, "reduce": f["reduce"], "out": out}
-            calls += [{**x, **down, "topk_ids": topk_ids, **more}]
+            calls += [{**values, **down, "topk_ids": topk_ids, **more}]
         yield calls
         index += 1
 

@@ -65,6 +65,12 @@ __device__ __forceinline__ uint32_t* words_of(Fragment& f) {
   return f.pairs;
 }
 constexpr bool kMatrixUnit = true;
+constexpr bool kStreams = true;  // gemv_stream.cu is there
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
 
 inline const char* launch_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));

@@ -96,6 +96,7 @@ __device__ __forceinline__ uint32_t* words_of(Fragment& f) {
   static_assert(sizeof f.x == 16, "32 lanes share out 256 elements");
   return reinterpret_cast<uint32_t*>(f.x);
 }
+constexpr bool kStreams = false;
 // From mp_31 on. None of it has been run on MUSA hardware.
 #if defined(__MUSA_ARCH__) && __MUSA_ARCH__ < 310
 constexpr bool kMatrixUnit = false;

@@ -24,9 +24,17 @@ from kernelhub.spec import Args
 
 VARIABLE = "KERNELHUB_TILES"
 
-GEMV_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "m64w2", "r8", "r16")
-"""By rows of the weight to a block. `m` runs on the matrix unit, with `w` warps; `r` does without
-and takes fp32 too. In the order of csrc/common/gemv.muh."""
+_PORTABLE_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "m64w2", "r8", "r16")
+_STREAM_TILES = (
+    *("s4x1c1", "s4x2c1", "s4x2c2", "s4x2c4", "s4x4c4", "s2x8c2", "s8x2c1", "s8x2c4"),
+    *("d4x2c1", "d4x2c2"),
+)
+GEMV_TILES = (*_PORTABLE_TILES, *_STREAM_TILES)
+"""In the order of csrc/common/gemv.muh and csrc/cuda/gemv_stream.cu. The portable ones by rows of
+the weight to a block: `m` runs on the matrix unit, with `w` warps; `r` does without and takes fp32
+too. CUDA's own, for compute capability 9.0 and 10.x, by warps along rows, warps along K and blocks
+of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two. What they do not serve
+(another K, alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
@@ -63,14 +71,17 @@ def _rounded(size: int) -> int:
 
 
 def fits(name: str, tile: str) -> bool:
-    """Whether a tile serves a class: the matrix unit has no fp32."""
-    return not (name.startswith("fp32") and tile.startswith("m"))
+    """Whether a tile serves a class: the matrix unit has no fp32, `d` is for int4."""
+    return not (name.startswith("fp32") and tile[0] in "msd") and (
+        tile[0] != "d" or name.startswith("int4")
+    )
 
 
 def tiles_for(name: str, arch: str) -> tuple[str, ...]:
     """The tiles that serve a class on an architecture."""
-    without = arch.startswith(_WITHOUT_MATRIX_UNIT)
-    return tuple(t for t in GEMV_TILES if fits(name, t) and not (without and t.startswith("m")))
+    kinds = "r" if arch.startswith(_WITHOUT_MATRIX_UNIT) else "mr"
+    kinds += "sd" if arch.startswith(_WITH_STREAMS) else ""
+    return tuple(t for t in GEMV_TILES if t[0] in kinds and fits(name, t))
 
 
 def classes_of(op: str, call: Args) -> str:
@@ -82,6 +93,9 @@ def classes_of(op: str, call: Args) -> str:
 def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
     """The tile of a weight `[N, K]`, as a position in `OPS[op]`.
 
+    Beside one of CUDA's own there is, times 256, the position of the portable one for what it does
+    not serve.
+
     Raises `PolicyError` where a table asks for a tile that the architecture cannot run.
     """
     name = shape_class(scheme, rows, k)
@@ -90,15 +104,26 @@ def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
         if tile is not None:
             if tile not in tiles_for(name, arch):
                 raise PolicyError(
-                    f"{op}, {name}: tile '{tile}' is for the matrix unit, which {arch} has not; "
+                    f"{op}, {name}: tile '{tile}' is not for {arch}; "
                     f"{nearest(tile, tiles_for(name, arch))}"
                 )
-            return OPS[op].index(tile)
-    return OPS[op].index(default(op, arch, scheme, rows, k))
+            break
+    else:
+        tile = default(op, arch, scheme, rows, k)
+    position = OPS[op].index(tile)
+    if tile in _STREAM_TILES:
+        position += OPS[op].index(portable(op, arch, scheme, rows, k)) << 8
+    return position
 
 
 def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
     """The tile of a class that no table has: what was best for its like on an H200."""
+    tile = _default_stream(op, scheme, rows, k) if arch == _TUNED else None
+    return tile or portable(op, arch, scheme, rows, k)
+
+
+def portable(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
+    """The same among the tiles that every platform has."""
     if scheme == "fp32" or arch.startswith(_WITHOUT_MATRIX_UNIT):
         return "r8" if rows <= 4096 else "r16"
     if op == "fused_moe_gemv" or k <= 1024:
@@ -110,8 +135,27 @@ def default(op: str, arch: str, scheme: str, rows: int, k: int) -> str:
     return "m32w4" if scheme == "dense" else "m64w2"
 
 
+def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
+    """Of CUDA's own; None where a portable one is as good."""
+    if scheme == "fp32":
+        return None
+    if k > 8192:
+        return "s8x2c4" if scheme == "int4" and op == "fused_moe_gemv" else "s4x4c4"
+    if op == "fused_moe_gemv":
+        if scheme == "int4":
+            return "d4x2c1" if k <= 4096 else "d4x2c2"
+        return "s4x2c1" if k <= 1024 or (scheme == "fp8" and k <= 4096) else None
+    if k > 4096 and rows <= 4096:
+        return "s2x8c2"
+    if k > 4096:
+        return {"int4": "s4x2c2", "fp8": "s4x2c4", "dense": "s4x4c4"}[scheme]
+    return "s4x2c2" if k > 2048 or scheme == "dense" else "s4x2c1"
+
+
 _WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128")
-"""How architectures begin that have none."""
+_WITH_STREAMS = ("sm_90", "sm_100", "sm_103")
+"""How architectures begin that have no matrix unit, and those that run CUDA's own kernels."""
+_TUNED = "sm_90a"
 
 
 # ---- tables ----------------------------------------------------------------------------------
@@ -153,7 +197,7 @@ def checked(table: Any, where: str) -> Table:
                 known = nearest(str(tile), OPS[op])
                 raise PolicyError(f"{where}: {op}, {name}: there is no tile '{tile}'; {known}")
             if not fits(name, tile):
-                raise PolicyError(f"{where}: {op}, {name}: tile '{tile}' is not for fp32")
+                raise PolicyError(f"{where}: {op}, {name}: tile '{tile}' is not for it")
     return table  # type: ignore[no-any-return]
 
 
