@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import attrs
@@ -87,12 +88,13 @@ def compiling(sources: list[Path], copy: Path, arch: str) -> Platform:
     )
 
 
-def read_by(source: Path) -> set[Path]:
+@cache
+def read_by(source: Path) -> frozenset[Path]:
     """A source and the headers that it includes."""
     includes = [f"-I{folder}" for folder in ALIGNED.includes()]
     command = [ALIGNED.find_compiler().path, "-MM", "-x", "c++", *includes, str(source)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return set(map(Path, shlex.split(said.replace("\\\n", " "))[1:]))
+    return frozenset(map(Path, shlex.split(said.replace("\\\n", " "))[1:]))
 
 
 def object_of(source: Path, arch: str) -> str:
