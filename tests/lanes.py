@@ -38,9 +38,23 @@ ACCESSES = (
 )
 
 # ThreadSanitizer takes about a millisecond a GPU thread. Every kernel, scheme and RMSNorm is there
-# once with few rows: tails, groups, masked experts, the sum over slots, one block a row.
+# once with few rows: layouts, tails, groups, masked experts, the sum over slots, one block a row.
 RACES = (
-    *("rotary_embedding/*", "fused_mul_add/*"),
+    *(
+        f"rotary_embedding/{case}"
+        for case in (
+            *("partial-*", "*-neox-bfloat16", "*-gptj-float32", "batch*", "flat*", "packed*"),
+            *("no-key*", "no-query-heads", "more-keys-than-queries", "offsets*", "token-gap"),
+            *("cache-misaligned-in-packs", "positions-out-of-range"),
+        )
+    ),
+    *(
+        f"fused_mul_add/{case}"
+        for case in (
+            *("tail-*", "padded_rows-*", "transposed-*", "every_second-*", "misaligned-*"),
+            *("broadcast", "scale-*", "ten-dimensions", "out-*"),
+        )
+    ),
     *("fused_gemv/*-k257*", "fused_gemv/*-k129*", "fused_gemv/*-m1", "fused_gemv/int4-g32-*"),
     *("fused_gemv/*-norm", "fused_moe_gemv/*n9-k257", "fused_moe_gemv/int4-n9-k514"),
     *("fused_moe_gemv/every-code-*", "fused_moe_gemv/ids-masked-*-shared"),
@@ -95,9 +109,10 @@ def lanes(everything: bool) -> Iterator[Lane]:
     for warp in WIDTHS:
         # A race of two GPU threads is a data race; exit code 66 fails the lane.
         options = "exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1"
+        cases = ("rotary_embedding/*", "fused_mul_add/*", *RACES) if everything else RACES
         yield Lane(
             f"warp={warp},sanitize=thread,threads=2",
-            (*RACES, SEVERAL_BLOCKS) if warp == 128 else RACES,
+            (*cases, SEVERAL_BLOCKS) if warp == 128 else cases,
             "libtsan.so",
             {"TSAN_OPTIONS": options},
         )
