@@ -24,7 +24,8 @@ coverage: $(READY)
 
 nightly: $(READY)
 	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest $(TWO) \
-	    tests/test_hostile.py tests/test_kernel_mutants.py tests/test_emulator.py $(PYTEST)
+	    tests/test_hostile.py tests/test_kernel_mutants.py tests/test_emulator.py \
+	    tests/test_vendor.py $(PYTEST)
 	$(BIN)/python -m tests.lanes all
 
 lint: $(READY)

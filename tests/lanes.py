@@ -56,7 +56,7 @@ RACES = (
         )
     ),
     *("fused_gemv/*-k257*", "fused_gemv/*-k129*", "fused_gemv/*-m1", "fused_gemv/int4-g32-*"),
-    *("fused_gemv/*-norm", "fused_moe_gemv/*n9-k257", "fused_moe_gemv/int4-n9-k514"),
+    *("fused_gemv/dense-norm", "fused_moe_gemv/*n9-k257", "fused_moe_gemv/int4-n9-k514"),
     *("fused_moe_gemv/every-code-*", "fused_moe_gemv/ids-masked-*-shared"),
     "fused_moe_gemv/ids-duplicates-reduce-swiglu",
     "top_k_top_p_sampling_from_probs/misaligned-*",
