@@ -62,27 +62,25 @@ RACES = (
     "top_k_top_p_sampling_from_probs/misaligned-*",
     "top_k_top_p_sampling_from_probs/token-is-target-v129",
 )
-SEVERAL_BLOCKS = "top_k_top_p_sampling_from_probs/long-rows-joint"  # of a row: takes a minute
+SHARED_ROWS = ("top_k_top_p_sampling_from_probs/misaligned-float32",)
 
 
 @attrs.frozen
 class Lane:
-    """Options of the emulator, patterns of cases, and the sanitizer's runtime and options."""
+    """Options of the emulator, patterns of cases, and the sanitizer's runtime and options.
+
+    `blocks`: how many share a row in sampling, if not as many as its length asks for.
+    """
 
     options: str
     patterns: Iterable[str]
     runtime: str = ""
     environment: dict[str, str] = attrs.field(factory=dict)
+    blocks: str = ""
 
     def command(self) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "tests.vendor.run_cases",
-            "simt",
-            "cpu",
-            ",".join(self.patterns),
-        ]
+        what = ("simt", "cpu", ",".join(self.patterns), self.blocks)
+        return [sys.executable, "-m", "tests.vendor.run_cases", *what]
 
     def variables(self) -> dict[str, str]:
         preload = {"LD_PRELOAD": _path_of(self.runtime)} if self.runtime else {}
@@ -106,16 +104,13 @@ def orders(everything: bool) -> Iterator[Lane]:
 
 
 def lanes(everything: bool) -> Iterator[Lane]:
+    races = ("rotary_embedding/*", "fused_mul_add/*", "*/long-rows-joint") if everything else ()
+    # A race of two GPU threads is a data race; exit code 66 fails the lane.
+    quiet = "report_signal_unsafe=0:ignore_noninstrumented_modules=1"
+    watched = ("libtsan.so", {"TSAN_OPTIONS": f"exitcode=66:{quiet}"})
     for warp in WIDTHS:
-        # A race of two GPU threads is a data race; exit code 66 fails the lane.
-        options = "exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1"
-        cases = ("rotary_embedding/*", "fused_mul_add/*", *RACES) if everything else RACES
-        yield Lane(
-            f"warp={warp},sanitize=thread,threads=2",
-            (*cases, SEVERAL_BLOCKS) if warp == 128 else cases,
-            "libtsan.so",
-            {"TSAN_OPTIONS": options},
-        )
+        yield Lane(f"warp={warp},sanitize=thread,threads=2", (*RACES, *races), *watched)
+    yield Lane("warp=128,sanitize=thread,threads=2", SHARED_ROWS, *watched, blocks="3")
     for warp in WIDTHS:
         # One OS thread: shared memory is then plain memory, whose edges AddressSanitizer sees.
         options = "detect_leaks=0:detect_stack_use_after_return=0"
