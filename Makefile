@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TWO := -n 2 --dist worksteal
 
 .PHONY: demo test lanes coverage lint wheel nightly clean
 
@@ -10,19 +11,22 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(PYTEST)
-	$(BIN)/python -m pytest -n 2 tests/emulation $(PYTEST)
+	$(BIN)/python -m pytest $(TWO) $(PYTEST)
+	$(BIN)/python -m pytest $(TWO) tests/emulation $(PYTEST)
 
-# The compiled kernels on the emulator: warp widths, thread orders, sanitizers.
+# The compiled kernels on the emulator: thread orders, sanitizers.
 lanes: $(READY)
-	PYTHON=$(BIN)/python bash tests/lanes.sh
+	$(BIN)/python -m tests.lanes
 
 # Which lines of the kernels the cases execute. Takes a quarter of an hour.
 coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernel_coverage
 
 nightly: $(READY)
-	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_kernel_mutants.py $(PYTEST)
+	KERNELHUB_NIGHTLY=1 $(BIN)/python -m pytest $(TWO) \
+	    tests/test_hostile.py tests/test_kernel_mutants.py tests/test_emulator.py \
+	    tests/test_vendor.py $(PYTEST)
+	$(BIN)/python -m tests.lanes all
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ class Mutant:
     """Replace `old` (which occurs exactly once in `module`'s source) by `new`.
 
     `module` is a Python module, or for a kernel a file below `csrc`, whose emulator has warps as
-    `arch` says: some code is for one width alone.
+    `arch` says: some code is for one width alone. A fault in a header is compiled into all sources
+    that read it, or into `only` one that uses it, which is quicker.
     """
 
     name: str
@@ -18,3 +19,4 @@ class Mutant:
     old: str
     new: str
     arch: str = "warp32"
+    only: str = ""

@@ -80,6 +80,9 @@ _PRODUCT = "common/matrix.muh"
 _MATRIX = "common/gemv_matrix.muh"  # at 32 lanes all but fp32
 _FMA = "musa/gemv.mu"  # at 128 lanes everything
 _NORM = "musa/fused_gemv.mu"
+# Sources that use a header, each with one scheme.
+_DENSE, _FP8, _INT4 = (f"gemv_matrix_{scheme}.mu" for scheme in ("dense", "fp8", "int4"))
+_OF_FMA, _LAUNCHER = "gemv.mu", "fused_gemv.mu"
 
 
 def _wide(name: str, old: str, new: str) -> Mutant:
@@ -88,27 +91,36 @@ def _wide(name: str, old: str, new: str) -> Mutant:
 
 KERNEL_MUTANTS = (
     # From tensors to a problem.
-    Mutant("address-unchecked", _ARGUMENTS, "!aligned(t.data, access) || ", ""),
-    Mutant("row-stride-unchecked", _ARGUMENTS, "c.row_stride % access != 0 ||", ""),
-    Mutant("end-of-row-outside-vectors", _ARGUMENTS, "row_bytes % access != 0))", "false))"),
-    Mutant("group-32-as-64", _ARGUMENTS, "== 32 ? 5 :", "== 32 ? 6 :"),
+    Mutant("address-unchecked", _ARGUMENTS, "!aligned(t.data, access) || ", "", only=_LAUNCHER),
+    Mutant("row-stride-unchecked", _ARGUMENTS, "c.row_stride % access != 0 ||", "", only=_LAUNCHER),
+    Mutant(
+        "end-of-row-outside-vectors",
+        _ARGUMENTS,
+        "row_bytes % access != 0))",
+        "false))",
+        only=_LAUNCHER,
+    ),
+    Mutant("group-32-as-64", _ARGUMENTS, "== 32 ? 5 :", "== 32 ? 6 :", only=_LAUNCHER),
     Mutant(
         "blocks-always-of-128",
         _ARGUMENTS,
         "p.weight_scale.rows_an_entry = static_cast<int32_t>(w.group_size);",
         "p.weight_scale.rows_an_entry = 128;",
+        only=_LAUNCHER,
     ),
     Mutant(
         "groups-of-x-ignored",
         _ARGUMENTS,
         "grouped = grouped || (!whole && of_x.shape[1] > 1);",
         "",
+        only=_LAUNCHER,
     ),
     Mutant(
         "stride-of-one-row-counts",
         _ARGUMENTS,
         "return t.shape[d] == 1 ? 0 : t.stride[d];",
         "return t.stride[d];",
+        only=_LAUNCHER,
     ),
     # Loads, rows and columns.
     Mutant(
@@ -116,15 +128,25 @@ KERNEL_MUTANTS = (
         _BLOCK,
         "if (index >= c.accesses_a_row) return make_uint4(0, 0, 0, 0);",
         "",
+        only=_DENSE,
     ),
-    Mutant("gather-past-row", _BLOCK, "if (access < accesses_a_row) word[w] |=", "word[w] |="),
-    Mutant("columns-beyond-16-dropped", _BLOCK, "? (p.columns + width - 1) / width", "? 1"),
-    Mutant("up-is-gate", _BLOCK, "return up ? p.outputs + row : row;", "return row;"),
+    Mutant(
+        "gather-past-row",
+        _BLOCK,
+        "if (access < accesses_a_row) word[w] |=",
+        "word[w] |=",
+        only=_DENSE,
+    ),
+    Mutant(
+        "columns-beyond-16-dropped", _BLOCK, "? (p.columns + width - 1) / width", "? 1", only=_DENSE
+    ),
+    Mutant("up-is-gate", _BLOCK, "return up ? p.outputs + row : row;", "return row;", only=_DENSE),
     Mutant(
         "partial-tile-dropped",
         _BLOCK,
         "static_cast<unsigned>(ceil_div(p.outputs, outputs))",
         "static_cast<unsigned>(p.outputs < outputs ? 1 : p.outputs / outputs)",
+        only=_DENSE,
     ),
     # Epilogue.
     Mutant(
@@ -132,13 +154,21 @@ KERNEL_MUTANTS = (
         _BLOCK,
         "silu(v) * sum_of(outputs + r, column, p.outputs + row)",
         "v * silu(sum_of(outputs + r, column, p.outputs + row))",
+        only=_DENSE,
     ),
-    Mutant("bias-of-row-in-tile", _BLOCK, "row * p.bias.row_stride", "r * p.bias.row_stride"),
+    Mutant(
+        "bias-of-row-in-tile",
+        _BLOCK,
+        "row * p.bias.row_stride",
+        "r * p.bias.row_stride",
+        only=_DENSE,
+    ),
     Mutant(
         "bias-of-gate-for-up",
         _BLOCK,
         "sum_of(outputs + r, column, p.outputs + row)",
         "sum_of(outputs + r, column, row)",
+        only=_DENSE,
     ),
     Mutant(
         "norm-over-another-count",
@@ -160,6 +190,7 @@ KERNEL_MUTANTS = (
         _PRODUCT,
         "p.row[i] = number / kTile;\n      p.column[i] = number %",
         "p.row[i] = number % kTile;\n      p.column[i] = number /",
+        only=_DENSE,
     ),
     Mutant(
         "second-tile-is-the-first",
@@ -167,28 +198,39 @@ KERNEL_MUTANTS = (
         "tiles_.rows + r * kTile * F::kRowStride + c * kChunkBytes",
         "tiles_.rows + c * kChunkBytes",
     ),
-    Mutant("uneven-taken-for-even", _MATRIX, "p.k % F::kSlice == 0;", "true;"),
-    Mutant("last-slice-dropped", _MATRIX, "slices_((p.k + F::kSlice - 1) /", "slices_(p.k /"),
-    Mutant("int4-zero-ignored", _MATRIX, "pair_of<T>(zero[c][r])", "pair_of<T>(8)"),
+    Mutant("uneven-taken-for-even", _MATRIX, "p.k % F::kSlice == 0;", "true;", only=_DENSE),
+    Mutant(
+        "last-slice-dropped",
+        _MATRIX,
+        "slices_((p.k + F::kSlice - 1) /",
+        "slices_(p.k /",
+        only=_DENSE,
+    ),
+    Mutant("int4-zero-ignored", _MATRIX, "pair_of<T>(zero[c][r])", "pair_of<T>(8)", only=_INT4),
     Mutant(
         "nibbles-in-another-order",
         _MATRIX,
         "make_uint4(low(v.x, v.z), high(v.x, v.z), low(v.y, v.w), high(v.y, v.w))",
         "make_uint4(low(v.x, v.y), high(v.x, v.y), low(v.z, v.w), high(v.z, v.w))",
+        only=_INT4,
     ),
-    Mutant("fp8-nan-is-480", _MATRIX, "if constexpr (F::kScheme == kFp8) spoil(total);", ""),
-    Mutant("fp8-nan-in-last-word-is-480", _MATRIX, " | nans(v.w);", ";"),
+    Mutant(
+        "fp8-nan-is-480", _MATRIX, "if constexpr (F::kScheme == kFp8) spoil(total);", "", only=_FP8
+    ),
+    Mutant("fp8-nan-in-last-word-is-480", _MATRIX, " | nans(v.w);", ";", only=_FP8),
     Mutant(
         "fp8-nan-of-first-lane-only",
         _MATRIX,
         "for (int apart = 1; apart < F::kRowLanes; apart *= 2)",
         "for (int apart = 1; apart < 1; apart *= 2)",
+        only=_FP8,
     ),
     Mutant(
         "fp8-x-nan-is-480",
         _MATRIX,
         "with_nans<T, 1>(decode_fp8<T, 1>(q[i]), q[i])",
         "decode_fp8<T, 1>(q[i])",
+        only=_FP8,
     ),
     Mutant(
         "fp8-subnormals-lost",
@@ -198,21 +240,28 @@ KERNEL_MUTANTS = (
         "if ((a & 0x7f80u) == 0) a &= 0xffff8000u;\n"
         "    if ((a & 0x7f800000u) == 0) a &= 0x8000ffffu;\n"
         "    return multiply_bf16_pairs(a, b);",
+        only=_FP8,
     ),
     Mutant(
-        "infinite-scale-kept", _BLOCK, "{ return scale + (scale - scale); }", "{ return scale; }"
+        "infinite-scale-kept",
+        _BLOCK,
+        "{ return scale + (scale - scale); }",
+        "{ return scale; }",
+        only=_FP8,
     ),
     Mutant(
         "scale-of-row-below",
         _MATRIX,
         "row_of(scaled_row(i)) /",
         "(row_of(scaled_row(i)) + 1) /",
+        only=_FP8,
     ),
     Mutant(
         "scale-of-group-after",
         _MATRIX,
         "slice * F::kSlice + segment * kSegment;",
         "slice * F::kSlice + (segment + 1) * kSegment;",
+        only=_FP8,
     ),
     Mutant("groups-of-64-unsplit", _MATRIX, "kMatrix16x8 ? 6 : 7", "kMatrix16x8 ? 5 : 6"),
     Mutant(
@@ -220,25 +269,31 @@ KERNEL_MUTANTS = (
         _MATRIX,
         "words_of(x[0])[i] &= words_of(half_)[i];",
         "",
+        only=_INT4,
     ),
-    Mutant("columns-from-five-on-dropped", _MATRIX, "column_at(first) < count_)", "false)"),
+    Mutant(
+        "columns-from-five-on-dropped", _MATRIX, "column_at(first) < count_)", "false)", only=_DENSE
+    ),
     Mutant(
         "planes-of-the-first",
         _MATRIX,
         "columns + kPlane * kTile, F::kColumnStride",
         "columns, F::kColumnStride",
+        only=_FP8,
     ),
     Mutant(
         "x-scale-by-row-of-weight",
         _MATRIX,
         "column_scale[segment][places_.column[i]]",
         "column_scale[segment][places_.row[i]]",
+        only=_FP8,
     ),
     Mutant(
         "sums-read-early",
         _MATRIX,
         "        __syncthreads();\n        finish<",
         "        finish<",
+        only=_DENSE,
     ),
     # Multiply-add.
     _wide("staged-past-row", "first + k + j < p.k ? x_at", "true ? x_at"),
@@ -276,6 +331,7 @@ KERNEL_MUTANTS = (
         "{ return scale + (scale - scale); }",
         "{ return scale; }",
         "warp128",
+        only=_OF_FMA,
     ),
     _wide(
         "infinite-x-scale-kept",

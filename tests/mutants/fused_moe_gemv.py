@@ -107,27 +107,56 @@ _BLOCK = "common/gemv_block.muh"
 _MATRIX = "common/gemv_matrix.muh"  # at 32 lanes all but fp32
 _FMA = "musa/gemv.mu"  # at 128 lanes everything
 _SUM = "musa/fused_moe_gemv.mu"
+# Sources that use a header, each with one scheme.
+_DENSE, _FP8, _INT4 = (f"gemv_matrix_{scheme}.mu" for scheme in ("dense", "fp8", "int4"))
+_LAUNCHER = "fused_moe_gemv.mu"
 
 KERNEL_MUTANTS = (
-    Mutant("expert-stride-unchecked", _ARGUMENTS, "c.expert_stride % access != 0 ||", ""),
+    Mutant(
+        "expert-stride-unchecked",
+        _ARGUMENTS,
+        "c.expert_stride % access != 0 ||",
+        "",
+        only=_LAUNCHER,
+    ),
     Mutant("x-of-slots-by-token", _SUM, "a.x_per_slot ? static_cast<int32_t>(slots) : 1;", "1;"),
     # Ids.
-    Mutant("ids-always-int32", _BLOCK, "p.topk_ids.dtype == KH_INT64", "false"),
-    Mutant("ids-cut-to-32-bits", _BLOCK, "return read_integer(", "return (int32_t)read_integer("),
+    Mutant("ids-always-int32", _BLOCK, "p.topk_ids.dtype == KH_INT64", "false", only=_DENSE),
+    Mutant(
+        "ids-cut-to-32-bits",
+        _BLOCK,
+        "return read_integer(",
+        "return (int32_t)read_integer(",
+        only=_DENSE,
+    ),
     Mutant(
         "slot-stride-of-ids-ignored",
         _BLOCK,
         "at.slot * p.topk_ids.group_stride",
         "at.slot",
+        only=_DENSE,
     ),
-    Mutant("negative-ids-read", _MATRIX, "found.expert >= 0 && ", ""),
-    Mutant("id-E-read", _MATRIX, "found.expert < p.num_experts;", "found.expert <= p.num_experts;"),
-    Mutant("outside-not-zeroed", _MATRIX, "write_all<kRows>(p, tile, columns[0], 0.f);", ""),
+    Mutant("negative-ids-read", _MATRIX, "found.expert >= 0 && ", "", only=_DENSE),
+    Mutant(
+        "id-E-read",
+        _MATRIX,
+        "found.expert < p.num_experts;",
+        "found.expert <= p.num_experts;",
+        only=_DENSE,
+    ),
+    Mutant(
+        "outside-not-zeroed",
+        _MATRIX,
+        "write_all<kRows>(p, tile, columns[0], 0.f);",
+        "",
+        only=_DENSE,
+    ),
     Mutant(
         "zeros-in-one-tile",
         _BLOCK,
         "if (tile * outputs + r < p.outputs)",
         "if (tile == 0 && r < p.outputs)",
+        only=_DENSE,
     ),
     # Places of an expert.
     Mutant(
@@ -135,27 +164,35 @@ KERNEL_MUTANTS = (
         _BLOCK,
         "c.list[atomicAdd(&c.count, 1)] =",
         "if (i == own) c.list[atomicAdd(&c.count, 1)] =",
+        only=_DENSE,
     ),
     Mutant(
         "places-beyond-256-dropped",
         _BLOCK,
         "first = item / kPlaces * kPlaces, left",
         "first = 0, left",
+        only=_DENSE,
     ),
     Mutant(
-        "columns-beyond-16-dropped", _MATRIX, "first < found.count; first +=", "first < 1; first +="
+        "columns-beyond-16-dropped",
+        _MATRIX,
+        "first < found.count; first +=",
+        "first < 1; first +=",
+        only=_DENSE,
     ),
     Mutant(
         "first-columns-again",
         _MATRIX,
         "describe_columns(p, found, first, count, columns);\n        Products",
         "describe_columns(p, found, 0, count, columns);\n        Products",
+        only=_DENSE,
     ),
     Mutant(
         "next-columns-too-early",
         _MATRIX,
         "__uint_as_float(~0u));\n      }\n      __syncthreads();",
         "__uint_as_float(~0u));\n      }",
+        only=_DENSE,
     ),
     # Weights of experts and of slots.
     Mutant(
@@ -163,15 +200,27 @@ KERNEL_MUTANTS = (
         _MATRIX,
         "p.weight.data + expert * p.weight.expert_stride",
         "p.weight.data",
+        only=_DENSE,
     ),
-    Mutant("scale-of-first-expert", _MATRIX, "expert * p.weight_scale.expert_stride +", ""),
-    Mutant("zero-of-first-expert", _MATRIX, "expert * p.weight_zero.expert_stride +", ""),
-    Mutant("topk-weight-of-first-slot", _BLOCK, "at.slot * p.topk_weights.group_stride", "0"),
+    Mutant(
+        "scale-of-first-expert", _MATRIX, "expert * p.weight_scale.expert_stride +", "", only=_FP8
+    ),
+    Mutant(
+        "zero-of-first-expert", _MATRIX, "expert * p.weight_zero.expert_stride +", "", only=_INT4
+    ),
+    Mutant(
+        "topk-weight-of-first-slot",
+        _BLOCK,
+        "at.slot * p.topk_weights.group_stride",
+        "0",
+        only=_DENSE,
+    ),
     Mutant(
         "topk-weight-after-activation",
         _BLOCK,
         "v = silu(v) * sum_of",
         "v = silu(v / columns[column].weight) * sum_of",  # up has the weight already
+        only=_DENSE,
     ),
     # The sum over slots.
     Mutant("slots-of-another-token", _SUM, "token * s.slots * s.columns", "token * s.columns"),

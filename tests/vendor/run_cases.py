@@ -1,8 +1,9 @@
 """Runs every case of the compiled ops on a backend, for tools that watch a process.
 
-python tests/vendor/run_cases.py BACKEND [DEVICE] [PATTERNS]
+python tests/vendor/run_cases.py BACKEND [DEVICE] [PATTERNS [BLOCKS]]
 
-PATTERNS are globs of CASE or OP/CASE, with commas between.
+PATTERNS are globs of CASE or OP/CASE, with commas between; one that names no case is an error.
+BLOCKS is how many blocks share a row in sampling, which are more than one for long rows alone.
 """
 
 from __future__ import annotations
@@ -12,26 +13,34 @@ from fnmatch import fnmatchcase
 
 from kernelhub import plugins, registry
 from kernelhub.backends.native import abi
+from kernelhub.backends.native import top_k_top_p_sampling_from_probs as sampling
 from kernelhub.testing import run_case
 
 
-def main(backend: str, device: str = "cpu", patterns: str = "*") -> int:
+def main(backend: str, device: str = "cpu", patterns: str = "*", blocks: str = "") -> int:
     if backend == "musa_on_cuda":
         import tests.vendor.musa_on_cuda_backend  # noqa: F401
     plugins.load()
+    if blocks:
+        sampling.blocks_a_row = lambda batch_size, vocab_size: int(blocks)
     ran = failed = 0
+    unused = set(patterns.split(","))
     for op in abi.OPS:
         for case in registry.spec(op).cases():
             names = (case.name, f"{op}/{case.name}")
-            if not any(fnmatchcase(name, p) for name in names for p in patterns.split(",")):
+            found = {p for p in patterns.split(",") if any(fnmatchcase(n, p) for n in names)}
+            if not found:
                 continue
+            unused -= found
             outcome = run_case(op, case, backend, device)
             ran += 1
             if outcome.status != "passed":
                 failed += 1
                 print(f"{outcome.status} {op} {case.name}: {outcome.message}")
     print(f"{ran} cases on {backend}, {failed} not passed")
-    return 1 if failed or not ran else 0
+    for pattern in sorted(unused):
+        print(f"no case is named {pattern}")
+    return 1 if failed or unused else 0
 
 
 if __name__ == "__main__":
