@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import kernelhub
+from kernelhub import quantize, registry
+from kernelhub.backends.native import tiles
 from kernelhub.errors import KernelError
+from kernelhub.testing import run_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -162,3 +165,79 @@ def test_compiled_with_cuda_graphs() -> None:
         for _ in range(4):
             x.normal_()
             torch.testing.assert_close(compiled(x, bias).clone(), layer(x, bias))
+
+
+# ---- GEMV --------------------------------------------------------------------------------------
+
+CLASSES = [tiles.shape_class(s, 512, k) for s in ("dense", "fp8", "int4") for k in (512, 1024)]
+STREAMS = [
+    t
+    for t in tiles.GEMV_TILES
+    if t in tiles.tiles_for("int4 n512 k512", "sm_90a")
+    and t not in tiles.tiles_for("int4 n512 k512", "sm_80")
+]
+needs_streams = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs compute capability 9.0",
+)
+
+
+def forced(tile: str) -> tiles.Table:
+    return {op: {c: tile for c in CLASSES if tiles.fits(c, tile)} for op in tiles.OPS}
+
+
+@needs_streams
+@pytest.mark.parametrize("op", tiles.OPS)
+@pytest.mark.parametrize("tile", STREAMS)
+def test_every_tile_of_cuda_alone_computes_the_op(tile: str, op: str) -> None:
+    ran = 0
+    for case in registry.spec(op).cases():
+        if case.name.startswith("whole-slices"):
+            with tiles.override(forced(tile)):
+                outcome = run_case(op, case, "cuda", "cuda")
+            assert outcome.status == "passed", (case.name, outcome.message)
+            ran += 1
+    assert ran > 10
+
+
+def weights(scheme: str, n: int, k: int) -> dict[str, torch.Tensor]:
+    w = torch.randn(n, k, device="cuda") * k**-0.5
+    if scheme == "dense":
+        return {"weight": w.to(torch.bfloat16)}
+    if scheme == "fp8":
+        return dict(zip(("weight", "weight_scale"), quantize.quantize_fp8(w), strict=True))
+    packed, scale, _ = quantize.quantize_int4(w, group_size=128, zero_point=False)
+    return {"weight": packed, "weight_scale": scale.to(torch.bfloat16)}
+
+
+@pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
+@pytest.mark.parametrize("size", [(4096, 4096), (28672, 1024), (2048, 7168)])
+def test_rows_do_not_depend_on_their_company(scheme: str, size: tuple[int, int]) -> None:
+    n, k = size
+    made = weights(scheme, n, k)
+    x = torch.randn(33, k, device="cuda", dtype=torch.bfloat16)
+    gemv = kernelhub.op("fused_gemv").on("cuda")
+    whole = gemv(x, **made)
+    for rows in range(1, 17):
+        first = 33 - 2 * rows
+        assert torch.equal(gemv(x[first : first + rows], **made), whole[first : first + rows]), rows
+    assert torch.equal(gemv(x, **made), whole)
+
+
+@pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
+def test_a_graph_multiplies_anew(scheme: str) -> None:
+    """With new rows, and experts chosen anew."""
+    made, x = weights(scheme, 4096, 2048), torch.randn(5, 2048, device="cuda", dtype=torch.bfloat16)
+    experts = {name: t.reshape(8, t.shape[0] // 8, *t.shape[1:]) for name, t in made.items()}
+    ids = torch.zeros(5, 3, dtype=torch.int32, device="cuda")
+    gemv, moe = (kernelhub.op(op).on("cuda") for op in tiles.OPS)
+    gemv(x, **made), moe(x, topk_ids=ids, **experts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, z = gemv(x, **made), moe(x, topk_ids=ids, **experts)
+    for _ in range(3):
+        x.normal_()
+        ids.random_(-1, 8)
+        graph.replay()
+        assert torch.equal(y, gemv(x, **made))
+        assert torch.equal(z, moe(x, topk_ids=ids, **experts))

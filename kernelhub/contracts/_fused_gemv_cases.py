@@ -90,6 +90,7 @@ def cases() -> Iterator[Case]:
     yield from _scheme_cases()
     yield from _epilogue_cases()
     yield from _shape_cases()
+    yield from _whole_slices()
     yield from _planted_cases()
     yield from _hostile_data_cases()
     yield from _bad_calls()
@@ -394,6 +395,32 @@ def _shape_cases() -> Iterator[Case]:
         "boundary",
         _altered(_make("dense", 3, 10, 0, norm=BF16), bias=torch.arange(10.0)),
     )
+
+
+def _whole_slices() -> Iterator[Case]:
+    """K of whole slices of 128 and rows for several tiles: what kernels for long rows serve."""
+    half = torch.float16
+    swiglu = {"activation": "swiglu"}
+    for name, make in (
+        ("bf16", _make("dense", 3, 272, 512)),
+        ("bf16-m17-swiglu", _make("dense", 17, 272, 256, bias=BF16, options=swiglu)),
+        ("fp16-silu", _make("dense", 9, 272, 512, dtype=half, options={"activation": "silu"})),
+        ("w8a16", _make("w8a16", 3, 272, 512)),
+        ("w8a16-m17-swiglu", _make("w8a16", 17, 272, 256, bias=BF16, options=swiglu)),
+        ("w8a16-channel-fp16", _make("w8a16", 9, 272, 512, scale="channel", dtype=half)),
+        ("w8a16-tensor", _make("w8a16", 1, 272, 256, scale="tensor")),
+        ("int4", _make("w4a16", 3, 272, 512, group=128, scale_dtype=BF16)),
+        ("int4-m17-swiglu", _make("w4a16", 17, 272, 512, group=128, scale_dtype=BF16, bias=BF16,
+                                  options=swiglu)),
+        ("int4-fp16", _make("w4a16", 9, 272, 768, dtype=half, group=128, scale_dtype=half)),
+        ("int4-zeros", _make("w4a16", 3, 272, 512, group=128, zeros=True)),
+        ("int4-zeros-fp16", _make("w4a16", 17, 272, 512, dtype=half, group=128, scale_dtype=half,
+                                  zeros=True)),
+        ("int4-whole-row", _make("w4a16", 3, 272, 512, scale_dtype=BF16)),
+    ):  # fmt: skip
+        yield Case(f"whole-slices-{name}", "boundary", make)
+    nan = _altered(_make("w8a16", 3, 272, 512), weight=lambda w: _filled(w, (130, 300), math.nan))
+    yield Case("whole-slices-w8a16-nan", "boundary", nan)
 
 
 def _planted_cases() -> Iterator[Case]:

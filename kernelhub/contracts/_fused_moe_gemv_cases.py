@@ -130,6 +130,12 @@ def _routed(
     return _arguments(g, scheme, tokens=len(to), **options) | {"topk_ids": ids}
 
 
+def _to(
+    make: Callable[[torch.Generator], dict[str, Any]], to: list[list[int]], g: torch.Generator
+) -> dict[str, Any]:
+    return make(g) | {"topk_ids": torch.tensor(to)}
+
+
 def _laid_out(
     made: dict[str, Any], names: tuple[str, ...], layout: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
@@ -219,6 +225,7 @@ def cases() -> Iterator[Case]:
             )
     yield from _dtype_cases(good)
     yield from _size_cases(good)
+    yield from _whole_slices()
     yield from _layout_cases()
     yield from _id_cases()
     yield from _data_cases()
@@ -281,6 +288,32 @@ def _size_cases(good: Callable[..., Case]) -> Iterator[Case]:
     for scheme in ("dense", "fp8", "int4"):
         make = partial(_routed, to=[[0, 1], [-1, 0]], scheme=scheme, experts=0)
         yield Case(f"no-experts-{scheme}", "boundary", make)
+
+
+def _whole_slices() -> Iterator[Case]:
+    """K of whole slices of 128 and rows for several tiles: what kernels for long rows serve."""
+    # Nine tokens for one expert, one token that names it twice, two places of none.
+    to = [[0, 1, 2], [0, 0, 3], [-1, 0, 5], *([i % 5, 0, 4] for i in range(1, 8))]
+    routed: dict[str, Any] = {"tokens": len(to), "slots": 3, "experts": 5, "weights": torch.float32}
+    schemes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("dense", {"k": 256}),
+        ("fp8", {"k": 256}),
+        ("fp8-channel", {"k": 256, "dtype": torch.float16}),
+        ("int4", {"k": 512, "group": 128, "scale_dtype": torch.bfloat16}),
+        ("int4", {"k": 512, "group": 128, "zeros": True}),
+    )
+    for scheme, more in schemes:
+        name = f"whole-slices-{scheme}{'-zeros' if 'zeros' in more else ''}"
+        kinds: dict[str, Any] = {
+            "shared": {"activation": "swiglu"},
+            "per-slot": {"per_slot": True},
+        }
+        for kind, options in kinds.items():
+            arguments = partial(_arguments, scheme=scheme, n=272, **routed, **more, **options)
+            yield Case(f"{name}-{kind}", "boundary", partial(_to, arguments, to))
+    # More places than a block sorts at a time.
+    many = partial(_arguments, tokens=40, slots=8, experts=9, n=144, k=256)
+    yield Case("whole-slices-dense-m40", "boundary", many)
 
 
 def _layout_cases() -> Iterator[Case]:
