@@ -2,7 +2,8 @@
 
 python tests/vendor/run_cases.py BACKEND [DEVICE] [PATTERNS [BLOCKS]]
 
-PATTERNS are globs of CASE or OP/CASE, with commas between; one that names no case is an error.
+PATTERNS are globs of CASE or OP/CASE, with commas between. One that begins with ! leaves cases out;
+one that names no case is an error.
 BLOCKS is how many blocks share a row in sampling, which are more than one for long rows alone.
 """
 
@@ -28,10 +29,12 @@ def main(backend: str, device: str = "cpu", patterns: str = "*", blocks: str = "
     for op in abi.OPS:
         for case in registry.spec(op).cases():
             names = (case.name, f"{op}/{case.name}")
-            found = {p for p in patterns.split(",") if any(fnmatchcase(n, p) for n in names)}
-            if not found:
-                continue
+            found = {
+                p for p in patterns.split(",") if any(fnmatchcase(n, p.strip("!")) for n in names)
+            }
             unused -= found
+            if not found or any(p.startswith("!") for p in found):
+                continue
             outcome = run_case(op, case, backend, device)
             ran += 1
             if outcome.status != "passed":
