@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	if command -v clang-format-14 >/dev/null; then \
-	    git ls-files '*.mu' '*.muh' '*.h' '*.c' '*.cpp' | grep -v abi.h | xargs clang-format-14 --dry-run --Werror; \
+	    git ls-files '*.mu' '*.muh' '*.cu' '*.h' '*.c' '*.cpp' | grep -v abi.h | xargs clang-format-14 --dry-run --Werror; \
 	fi
 
 wheel: $(READY)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernelhub.backends.native import abi
+from tests.vendor import registers
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -107,6 +108,32 @@ def nvcc(vendor: tuple[str, ...], source: Path, how: tuple[str, ...] = QUICKLY) 
 def test_compiles_for_cuda(source: Path, tmp_path: Path) -> None:
     how = THOROUGHLY if os.environ.get("KERNELHUB_NIGHTLY") == "1" else QUICKLY
     compile_only(nvcc((f"-I{CSRC / 'vendor/cuda'}",), source, how), tmp_path)
+
+
+CUDA_ALONE = sorted(CSRC.glob("cuda/*.cu"))
+FOR_CUDA = (f"-I{CSRC / 'vendor/cuda'}",)
+
+
+@pytest.mark.parametrize("arch", ["80", "100"])
+@pytest.mark.parametrize("source", CUDA_ALONE, ids=lambda path: path.name)
+def test_kernels_of_cuda_alone_compile(source: Path, arch: str, tmp_path: Path) -> None:
+    quickly = ("-Xcicc", "-O0", f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    compile_only(nvcc(FOR_CUDA, source, quickly), tmp_path)
+
+
+@pytest.mark.parametrize("source", CUDA_ALONE, ids=lambda path: path.name)
+def test_registers_are_those_on_record(source: Path, tmp_path: Path) -> None:
+    """Of each kernel with nvcc 13.0 for sm_90a, and the bytes that it spills.
+
+    `python -m tests.vendor.registers` records them anew.
+    """
+    version = subprocess.run([need("nvcc"), "--version"], capture_output=True, text=True).stdout
+    if registers.RECORDED_WITH not in version:
+        pytest.skip(f"the record is of {registers.RECORDED_WITH}")
+    command = nvcc(FOR_CUDA, source, (*THOROUGHLY, "-Xptxas", "-v"))
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert registers.read(run.stderr) == registers.record().get(source.name, {})
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)

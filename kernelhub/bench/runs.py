@@ -23,7 +23,9 @@ from kernelhub.function import entry_for, get
 from kernelhub.policy import use
 
 ROUNDS = 15
-_TOLERANCE = 1.03  # a figure further above the roof is a fault of the measurement
+_TOLERANCE = 1.06
+"""A figure further above the roof is a fault of the measurement. The roof is of torch's own reads,
+which stay 4 % below what a kernel reaches on an H200."""
 
 
 @attrs.frozen

@@ -78,6 +78,7 @@ _ARGUMENTS = "common/gemv.muh"
 _BLOCK = "common/gemv_block.muh"
 _PRODUCT = "common/matrix.muh"
 _MATRIX = "common/gemv_matrix.muh"  # at 32 lanes all but fp32
+_CODES = "common/gemv_codes.muh"
 _FMA = "musa/gemv.mu"  # at 128 lanes everything
 _NORM = "musa/fused_gemv.mu"
 # Sources that use a header, each with one scheme.
@@ -234,7 +235,7 @@ KERNEL_MUTANTS = (
     ),
     Mutant(
         "fp8-subnormals-lost",
-        _MATRIX,
+        _CODES,
         "return multiply_bf16_pairs(a, b);",
         # As hardware that takes bf16's subnormals for zero.
         "if ((a & 0x7f80u) == 0) a &= 0xffff8000u;\n"
