@@ -160,9 +160,9 @@ def test_rms_norm_waits_for_no_other_block() -> None:
 def test_swiglu_in_every_order_of_threads(name: str, order: str) -> None:
     """Gate and up met in shared memory without a barrier."""
     arguments = {**scheme(name, 2 * 33, 1024), "activation": "swiglu"}
-    for tile in tiles.OPS["fused_gemv"]:
-        spec = registry.spec("fused_gemv")
-        shape_class = tiles.classes_of("fused_gemv", spec.bind(**arguments))
+    spec = registry.spec("fused_gemv")
+    shape_class = tiles.classes_of("fused_gemv", spec.bind(**arguments))
+    for tile in tiles.tiles_for(shape_class, "warp32"):
         with tiles.override({"fused_gemv": {shape_class: tile}}):
             first = gemv(**arguments)
             with options(*order.split(":")):

@@ -174,9 +174,9 @@ def test_the_command_lines(
     script(home / "bin" / name, version)
     one = csrc() / "musa" / "library.mu"
     library = build.ensure(attrs.evolve(platform, sources=lambda: (one,)), arch)
-    includes = [
-        f"-I{csrc() / folder}" for folder in (f"vendor/{platform.name}", "common", "include")
-    ]
+    own = ["cuda"] if platform is CUDA else []
+    folders = [f"vendor/{platform.name}", "common", "include", *own]
+    includes = [f"-I{csrc() / folder}" for folder in folders]
     assert (tmp_path / "0.o.arguments").read_text().splitlines() == [
         *compiling.split(),
         *includes,
