@@ -115,8 +115,8 @@ def test_an_impossible_figure_is_flagged(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"! {OP} H=64 T=2 bf16 on reference:" in shown
 
 
-@pytest.mark.parametrize(("share", "faulty"), [(1.02, False), (1.04, True)])
-def test_the_roof_has_three_percent(share: float, faulty: bool) -> None:
+@pytest.mark.parametrize(("share", "faulty"), [(1.05, False), (1.07, True)])
+def test_the_roof_has_six_percent(share: float, faulty: bool) -> None:
     timing = Timing((1e-6,) * 3)
     judged = runs._judged("x", "graph", timing, int(share * 1e6), Roof(read=0.9e12, copy=1e12))
     assert bool(judged.fault) is faulty

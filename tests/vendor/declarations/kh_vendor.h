@@ -142,6 +142,7 @@ struct native_bf16_t {
   uint16_t declared_bits;
 };
 constexpr bool kMatrixUnit = true;
+constexpr bool kStreams = false;
 
 namespace matrix {
 
