@@ -24,6 +24,7 @@ CSRC = ROOT / "csrc"
 HERE = Path(__file__).parent / "vendor"
 NAMES = HERE / "names.mu"  # uses each allowed name once
 KERNELS = [*sorted(CSRC.glob("musa/*.mu")), NAMES]
+FOR_CUDA = (f"-I{CSRC / 'vendor/cuda'}",)
 SHARED = (f"-I{CSRC / 'common'}", f"-I{CSRC / 'include'}")
 
 VENDOR_WORDS = re.compile(
@@ -92,7 +93,11 @@ def need(*names: str) -> str:
 
 # What a compiler says of names and types it says at once. Machine code of all GEMV kernels takes
 # ten minutes; it is made at night.
-QUICKLY = ("-Xcicc", "-O0", "-gencode=arch=compute_90a,code=compute_90a")
+def quickly(arch: str) -> tuple[str, ...]:
+    return ("-Xcicc", "-O0", f"-gencode=arch=compute_{arch},code=compute_{arch}")
+
+
+QUICKLY = quickly("90a")
 THOROUGHLY = ("-O3", "-arch=sm_90a")
 
 
@@ -107,18 +112,16 @@ def nvcc(vendor: tuple[str, ...], source: Path, how: tuple[str, ...] = QUICKLY) 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_compiles_for_cuda(source: Path, tmp_path: Path) -> None:
     how = THOROUGHLY if os.environ.get("KERNELHUB_NIGHTLY") == "1" else QUICKLY
-    compile_only(nvcc((f"-I{CSRC / 'vendor/cuda'}",), source, how), tmp_path)
+    compile_only(nvcc(FOR_CUDA, source, how), tmp_path)
 
 
 CUDA_ALONE = sorted(CSRC.glob("cuda/*.cu"))
-FOR_CUDA = (f"-I{CSRC / 'vendor/cuda'}",)
 
 
 @pytest.mark.parametrize("arch", ["80", "100"])
 @pytest.mark.parametrize("source", CUDA_ALONE, ids=lambda path: path.name)
 def test_kernels_of_cuda_alone_compile(source: Path, arch: str, tmp_path: Path) -> None:
-    quickly = ("-Xcicc", "-O0", f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    compile_only(nvcc(FOR_CUDA, source, quickly), tmp_path)
+    compile_only(nvcc(FOR_CUDA, source, quickly(arch)), tmp_path)
 
 
 @pytest.mark.parametrize("source", CUDA_ALONE, ids=lambda path: path.name)

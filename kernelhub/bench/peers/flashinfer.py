@@ -16,20 +16,25 @@ _SEEDS = (0, 0)  # passed by value, so that a graph can hold the call
 _MOST_CAKE = 1024
 
 
-def _sampling(case: Case, sets: list[Calls]) -> Offer | str:
-    library = importlib.import_module("flashinfer.sampling")
+def sampling(library: Any, case: Case, sets: list[Calls], **seeds: int) -> Offer:
+    """The samplers that FlashInfer and sgl-kernel share; only FlashInfer's take `seeds`."""
     k, p = case.facts["k"], case.facts["p"]
-    seed, offset = _SEEDS
 
     def call(probs: Tensor, filter_apply_order: str, **_: Any) -> Call:
         if not 0 < k < probs.shape[1]:
-            return lambda: library.top_p_sampling_from_probs(probs, p, seed=seed, offset=offset)
+            return lambda: library.top_p_sampling_from_probs(probs, p, **seeds)
         return lambda: library.top_k_top_p_sampling_from_probs(
-            probs, k, p, filter_apply_order=filter_apply_order, seed=seed, offset=offset
+            probs, k, p, filter_apply_order=filter_apply_order, **seeds
         )
 
     note = "rejection sampling in fp32, other random numbers"
     return Offer([call(**only) for (only,) in sets], note)
+
+
+def _sampling(case: Case, sets: list[Calls]) -> Offer | str:
+    seed, offset = _SEEDS
+    library = importlib.import_module("flashinfer.sampling")
+    return sampling(library, case, sets, seed=seed, offset=offset)
 
 
 def _cake(case: Case, sets: list[Calls]) -> Offer | str:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
-
-from torch import Tensor
 
 from kernelhub.bench.cases import Case
-from kernelhub.bench.clock import Call
 from kernelhub.bench.inputs import Calls
 from kernelhub.bench.peers import Kernel, Offer, Peer, flashinfer
 
@@ -19,17 +15,7 @@ def _sampling(case: Case, sets: list[Calls]) -> Offer | str:
     library = importlib.import_module("sgl_kernel")
     if not hasattr(library, "top_k_top_p_sampling_from_probs"):
         return _GONE
-    k, p = case.facts["k"], case.facts["p"]
-
-    def call(probs: Tensor, filter_apply_order: str, **_: Any) -> Call:
-        if not 0 < k < probs.shape[1]:
-            return lambda: library.top_p_sampling_from_probs(probs, p)
-        return lambda: library.top_k_top_p_sampling_from_probs(
-            probs, k, p, filter_apply_order=filter_apply_order
-        )
-
-    note = "rejection sampling in fp32, other random numbers"
-    return Offer([call(**only) for (only,) in sets], note)
+    return flashinfer.sampling(library, case, sets)
 
 
 def _rope(case: Case, sets: list[Calls]) -> Offer | str:
