@@ -12,8 +12,9 @@ namespace {
 
 // In the order of the tiles: warps along rows and along K, blocks to a cluster, tiles of 16 rows to
 // a warp.
-constexpr int kShapes[][4] = {{4, 1, 1, 1}, {4, 2, 1, 1}, {4, 2, 2, 1}, {4, 2, 4, 1}, {4, 4, 4, 1},
-                              {2, 8, 2, 1}, {8, 2, 1, 1}, {8, 2, 4, 1}, {4, 2, 1, 2}, {4, 2, 2, 2}};
+constexpr int kShapes[][4] = {{1, 4, 2, 1}, {1, 8, 2, 1}, {2, 2, 1, 1}, {2, 4, 2, 1}, {2, 8, 2, 1},
+                              {4, 1, 1, 1}, {4, 2, 1, 1}, {4, 2, 2, 1}, {4, 2, 4, 1}, {4, 4, 2, 1},
+                              {4, 4, 4, 1}, {8, 2, 1, 1}, {8, 2, 4, 1}, {4, 2, 1, 2}, {4, 2, 2, 2}};
 
 }  // namespace
 

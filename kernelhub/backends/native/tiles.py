@@ -26,8 +26,8 @@ VARIABLE = "KERNELHUB_TILES"
 
 _PORTABLE_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "m64w2", "r8", "r16")
 _STREAM_TILES = (
-    *("s4x1c1", "s4x2c1", "s4x2c2", "s4x2c4", "s4x4c4", "s2x8c2", "s8x2c1", "s8x2c4"),
-    *("d4x2c1", "d4x2c2"),
+    *("s1x4c2", "s1x8c2", "s2x2c1", "s2x4c2", "s2x8c2", "s4x1c1", "s4x2c1", "s4x2c2"),
+    *("s4x2c4", "s4x4c2", "s4x4c4", "s8x2c1", "s8x2c4", "d4x2c1", "d4x2c2"),
 )
 GEMV_TILES = (*_PORTABLE_TILES, *_STREAM_TILES)
 """In the order of csrc/common/gemv.muh and csrc/cuda/gemv_stream.cu. The portable ones by rows of
