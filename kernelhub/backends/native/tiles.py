@@ -26,8 +26,8 @@ VARIABLE = "KERNELHUB_TILES"
 
 _PORTABLE_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "m64w2", "r8", "r16")
 _STREAM_TILES = (
-    *("s1x4c2", "s1x8c2", "s2x2c1", "s2x4c2", "s2x8c2", "s4x1c1", "s4x2c1", "s4x2c2"),
-    *("s4x2c4", "s4x4c2", "s4x4c4", "s8x2c1", "s8x2c4", "d4x2c1", "d4x2c2"),
+    *("s2x4c2", "s2x8c2", "s4x1c1", "s4x2c1", "s4x2c2", "s4x2c4"),
+    *("s4x4c2", "s4x4c4", "s8x2c1", "s8x2c4", "d4x2c1", "d4x2c2"),
 )
 GEMV_TILES = (*_PORTABLE_TILES, *_STREAM_TILES)
 """In the order of csrc/common/gemv.muh and csrc/cuda/gemv_stream.cu. The portable ones by rows of
@@ -139,17 +139,25 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
     """Of CUDA's own; None where a portable one is as good."""
     if scheme == "fp32":
         return None
-    if k > 8192:
-        return "s8x2c4" if scheme == "int4" and op == "fused_moe_gemv" else "s4x4c4"
     if op == "fused_moe_gemv":
+        if scheme == "dense" or (scheme == "fp8" and k > 8192):
+            return None
+        if k > 2048:
+            return "s4x2c4" if k > 8192 else "s4x2c2"
         if scheme == "int4":
-            return "d4x2c1" if k <= 4096 else "d4x2c2"
-        return "s4x2c1" if k <= 1024 or (scheme == "fp8" and k <= 4096) else None
-    if k > 4096 and rows <= 4096:
-        return "s2x8c2"
+            return "d4x2c1"
+        return "s4x1c1" if k <= 1024 else None
+    if k > 8192:
+        return "s4x4c4" if rows <= 4096 else "s4x2c4"
     if k > 4096:
-        return {"int4": "s4x2c2", "fp8": "s4x2c4", "dense": "s4x4c4"}[scheme]
-    return "s4x2c2" if k > 2048 or scheme == "dense" else "s4x2c1"
+        if rows <= 4096:
+            return {"dense": "s2x8c2", "fp8": "s4x4c2", "int4": "s4x2c2"}[scheme]
+        return "s2x4c2" if scheme == "dense" else "s4x4c4"
+    if rows > 4096 and (k > 2048 or rows <= 8192):
+        return "s4x2c4" if scheme == "dense" else "s8x2c4"
+    if k > 2048:
+        return "s4x4c2" if scheme == "dense" else "s4x2c2"
+    return "s2x4c2" if rows <= 2048 else "s4x2c2"
 
 
 _WITHOUT_MATRIX_UNIT = ("mp_21", "mp_22", "warp128")
