@@ -1,15 +1,19 @@
 """From a call to the implementation that runs it.
 
-Each op keeps one table from device object to the function to run, so that a call costs one lookup.
-An entry is made on the first call for a device; a change of policy or of backends empties the
-tables. While any thread is inside a `use` block nothing is kept: each call then asks the policy of
-its own thread.
+Each op keeps one table from device object to the function to run. An entry is made on the first
+call for a device; a change of policy or of backends empties the tables. While any thread is inside
+a `use` block nothing is kept: each call then asks the policy of its own thread.
+
+A second table, from what a call is like to the function, saves the checks of calls that are like
+one that has passed them. What a call is like must be found faster than the checks take, so the
+compiled binding does it (`use_keys`); without it every call is checked.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
@@ -24,9 +28,15 @@ from kernelhub.errors import BackendUnavailable, FallbackWarning
 from kernelhub.grammar import Choice
 from kernelhub.registry import Entry
 from kernelhub.selection import Candidate, Selection
-from kernelhub.spec import NOT_REAL, Args, Device, OpSpec, TensorDesc, check_params
+from kernelhub.spec import NOT_REAL, Args, Device, OpSpec, TensorDesc
 
 logger = logging.getLogger("kernelhub")
+
+KeyOf = Callable[..., bytes | None]
+"""From the arguments of a call, by position, to bytes that are equal for calls that an op's checks
+and implementations' rules cannot tell apart; None where it cannot say."""
+
+_MOST_KNOWN = 4096  # calls of a table; more empty it
 
 _HOST_DEVICES = ("cpu", "meta")
 
@@ -211,6 +221,23 @@ def _why_absent(spec: OpSpec, name: str) -> str:
     return "is not part of this installation: see `kernelhub doctor`"
 
 
+def _no_key(*values: Any) -> None:
+    return None
+
+
+_make_key: Callable[[OpSpec], KeyOf] | None = None
+_tables: weakref.WeakSet[Table] = weakref.WeakSet()
+
+
+def use_keys(make: Callable[[OpSpec], KeyOf]) -> None:
+    """From now on let `make(spec)` tell what calls of an op are like."""
+    global _make_key
+    with registry.lock:
+        _make_key = make
+        for table in list(_tables):
+            table.key = table.namespace["_key"] = make(table.spec)
+
+
 class Table:
     """The functions of one op by device, under the thread's policy or under one `op.on` choice."""
 
@@ -218,12 +245,17 @@ class Table:
         self.spec = spec
         self.on = on
         self.by_device: dict[Any, Callable[..., Any]] = {}
+        self.known: dict[bytes | None, Callable[..., Any]] = {}
+        self.key: KeyOf = _make_key(spec) if _make_key else _no_key
+        self.namespace: dict[str, Any] = {}
+        _tables.add(self)
         self.not_real: Callable[..., Any]
         self._rankings: dict[tuple[Device, policy.Wish], Ranking] = {}
         self._told: set[tuple[str, str]] = set()
 
     def clear(self) -> None:
         self.by_device.clear()
+        self.known.clear()
         self._rankings.clear()
 
     def ranking(self, device: Device) -> Ranking:
@@ -233,26 +265,57 @@ class Table:
                 self._rankings[device, wish] = rank(self.spec, device, wish)
             return self._rankings[device, wish]
 
-    def miss(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def checked(self, *values: Any) -> Callable[..., Any]:
+        """The function for a call that is like none that is known, all arguments by position.
+
+        Raises `ArgumentError` where the call breaks the contract.
+        """
+        call = self.spec.bind(*values)
+        device = self.spec.validate(call)
+        run = self.by_device.get(device)
+        if run is None:
+            return self._miss(call, device)
+        key = self.key(*values)
+        if key is not None and not (_observed() or _derivable(values, {})):
+            self._keep(key, device, run, call)
+        return run
+
+    def _keep(self, key: bytes, device: Device, run: Callable[..., Any], call: Args) -> None:
+        with registry.lock:
+            if self.by_device.get(device) is not run:
+                return  # the policy has changed meanwhile
+            ranking = self.ranking(device)
+            if ranking.depends_on_arguments:
+                entry = ranking.pick(call)
+                if entry is None or (entry.name, str(device)) not in self._told:
+                    return
+                run = self._chooser(ranking, entry.function, told=True)
+            if len(self.known) >= _MOST_KNOWN:
+                self.known.clear()
+            self.known[key] = run
+
+    def _miss(self, call: Args, device: Any) -> Callable[..., Any]:
         """The function for a call whose device has no entry; keeps it where it may."""
-        call = self.spec.bind(*args, **kwargs)
-        device = check_params(self.spec, call)
         if device is NOT_REAL or device.type == "meta":
             return self.not_real
         with registry.lock:
             ranking = self.ranking(device)
             if ranking.depends_on_arguments:
-                run: Callable[..., Any] = self._chooser(ranking)
+                run: Callable[..., Any] = self._chooser(ranking, ranking.without_rules)
             else:
-                run = self.select(ranking, call).function
+                run = self.select(ranking, call, stacklevel=6).function
             if self.on is not None or not policy.uses_active():
                 self.by_device[device] = run
         return run
 
-    def _chooser(self, ranking: Ranking) -> Callable[..., Any]:
-        """Chooses on every call, for implementations whose rules look at the arguments."""
-        bind, select, first = self.spec.bind, self.select, ranking.without_rules
-        told = False
+    def _chooser(
+        self, ranking: Ranking, first: Callable[..., Any] | None, told: bool = False
+    ) -> Callable[..., Any]:
+        """Chooses on every call, for implementations whose rules look at the arguments.
+
+        `first` is what runs where no derivative may be asked for, once it has been told of.
+        """
+        bind, select = self.spec.bind, self.select
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal told

@@ -18,9 +18,9 @@ _CALL = """\
 def {name}{signature}:
     if _tracing():
         return _traced({call})
-    run = _get(_validate(_bind({positional})))
+    run = _known(_key({positional}))
     if run is None:
-        run = _miss({call})
+        run = _checked({positional})
     try:
         return run({call})
     except Exception as error:
@@ -113,12 +113,12 @@ class Op:
         namespace = {
             "_tracing": is_dynamo_compiling,
             "_traced": traced,
-            "_validate": spec.validate,
-            "_bind": spec.bind,
-            "_get": table.by_device.get,
-            "_miss": table.miss,
+            "_known": table.known.get,
+            "_key": table.key,
+            "_checked": table.checked,
             "_failed": table.failed,
         }
+        table.namespace = namespace
         function = torch_ops.compiled_function(source, spec.name, namespace, spec)
         function.__signature__ = spec.signature  # type: ignore[attr-defined]
         function.__annotations__ = dict(spec.prototype.__annotations__)

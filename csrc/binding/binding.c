@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast path from Python to a compiled kernel: a callable that packs its arguments into the
-// kernel's argument struct and calls it. It reads tensors through DLPack's C exchange interface,
-// which torch offers from 2.10 on, so it needs no torch header and serves every device type.
+// kernel's argument struct and calls it, and one that says whether a call is like one that has been
+// checked. They read tensors through DLPack's C exchange interface, which torch offers from 2.10
+// on, so they need no torch header and serve every device type.
 //
-// kernelhub/backends/native/library.py has the same in ctypes, for where this cannot be built.
+// kernelhub/backends/native/library.py has the first in ctypes, for where this cannot be built.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <kernelhub/abi.h>
@@ -169,6 +170,20 @@ static PyObject* launch(PyObject* callable, PyObject* const* values, size_t flag
   Py_RETURN_NONE;
 }
 
+// The exchange interface of a tensor type; `capsule` keeps it alive. NULL with an error set.
+static const dl_exchange* exchange_of(PyObject* tensor_type, PyObject** capsule) {
+  *capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
+  if (*capsule == NULL) return NULL;
+  const dl_exchange* exchange = PyCapsule_GetPointer(*capsule, "dlpack_exchange_api");
+  if (exchange == NULL || exchange->header.major != 1 || exchange->tensor_from_object == NULL) {
+    if (!PyErr_Occurred())
+      PyErr_SetString(PyExc_RuntimeError, "this torch has another version of DLPack's interface");
+    Py_CLEAR(*capsule);
+    return NULL;
+  }
+  return exchange;
+}
+
 static PyObject* launcher_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
   static char* names[] = {"name",        "kernel",     "last_error", "kinds", "device_type",
                           "tensor_type", "error_type", "stream_of",  "owner", NULL};
@@ -185,15 +200,9 @@ static PyObject* launcher_new(PyTypeObject* type, PyObject* args, PyObject* keyw
     PyErr_SetString(PyExc_ValueError, "not a description of a kernel");
     return NULL;
   }
-  PyObject* capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
-  if (capsule == NULL) return NULL;
-  const dl_exchange* exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-  if (exchange == NULL || exchange->header.major != 1 || exchange->tensor_from_object == NULL) {
-    if (!PyErr_Occurred())
-      PyErr_SetString(PyExc_RuntimeError, "this torch has another version of DLPack's interface");
-    Py_DECREF(capsule);
-    return NULL;
-  }
+  PyObject* capsule;
+  const dl_exchange* exchange = exchange_of(tensor_type, &capsule);
+  if (exchange == NULL) return NULL;
   Launcher* self = (Launcher*)type->tp_alloc(type, 0);
   if (self == NULL) {
     Py_DECREF(capsule);
@@ -237,6 +246,199 @@ static PyTypeObject launcher_type = {
     .tp_doc = "Packs its arguments into a kernel's argument struct and calls the kernel.",
 };
 
+// ---- what a call is like ---------------------------------------------------------------------
+
+// From the arguments of a call to bytes that are equal for calls that the checks of an op cannot
+// tell apart: types, dtypes, devices, sizes, strides and numbers, and how tensors that are written
+// to lie in memory beside those that they overlap. None for whatever is unusual.
+enum { kMostKeyBytes = 2048, kMostDims = 16, kMostText = 64 };
+
+typedef struct {
+  PyObject_HEAD vectorcallfunc vectorcall;
+  const dl_exchange* exchange;
+  PyObject* capsule;
+  PyObject *tensor_type, *parameter_type, *dtype_type;
+  PyObject *requires_grad, *is_neg;  // names
+  Py_ssize_t num_fields;
+  char roles[kMaxFields];  // 'w' is written to
+} Key;
+
+typedef struct {
+  size_t size;
+  char bytes[kMostKeyBytes];
+} Text;
+
+// The size goes past the end where there is no more room.
+static void put(Text* to, const void* from, size_t size) {
+  if (to->size + size <= kMostKeyBytes) memcpy(to->bytes + to->size, from, size);
+  to->size += size;
+}
+static void put_char(Text* to, char letter) { put(to, &letter, 1); }
+static void put_number(Text* to, int64_t number) { put(to, &number, sizeof(number)); }
+
+// The bytes that a tensor reaches: from `begin` to before the result.
+static uintptr_t end_of(const dl_tensor* t, uintptr_t* begin) {
+  *begin = (uintptr_t)t->data + t->byte_offset;
+  int64_t last = 0;
+  for (int i = 0; i < t->ndim; ++i) {
+    if (t->shape[i] == 0) return *begin;
+    last += (t->shape[i] - 1) * t->strides[i];
+  }
+  return *begin + (last + 1) * ((t->dtype.bits * t->dtype.lanes + 7) / 8);
+}
+
+// 1 if `name` of the object, or what its method of that name returns, is false; 0 if it is not.
+static int is_false(PyObject* object, PyObject* name, int is_method) {
+  PyObject* found =
+      is_method ? PyObject_CallMethodNoArgs(object, name) : PyObject_GetAttr(object, name);
+  const int result = found == Py_False;
+  Py_XDECREF(found);
+  return result;
+}
+
+// 1, or 0 where the tensor is not plain memory.
+static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_tensor* t) {
+  if (!is_false(value, self->is_neg, 1) ||
+      (role == 'w' && !is_false(value, self->requires_grad, 0)) ||
+      self->exchange->tensor_from_object(value, t) != 0 || t->ndim > kMostDims)
+    return 0;
+  put_char(to, 'T');
+  put(to, &t->dtype, sizeof(t->dtype));
+  put(to, &t->device, sizeof(t->device));
+  put_number(to, t->ndim);
+  if (t->ndim > 0) {
+    put(to, t->shape, t->ndim * sizeof(int64_t));
+    put(to, t->strides, t->ndim * sizeof(int64_t));
+  }
+  return 1;
+}
+
+// 1, or 0 where the value is nothing known.
+static int put_plain(const Key* self, PyObject* value, Text* to) {
+  if (value == Py_None) {
+    put_char(to, 'N');
+  } else if (PyBool_Check(value)) {
+    put_char(to, value == Py_True ? '1' : '0');
+  } else if (PyLong_CheckExact(value)) {
+    int overflow = 0;
+    const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow != 0) return 0;
+    put_char(to, 'i');
+    put_number(to, number);
+  } else if (PyFloat_CheckExact(value)) {
+    const double number = PyFloat_AS_DOUBLE(value);
+    put_char(to, 'f');
+    put(to, &number, sizeof(number));
+  } else if (PyUnicode_CheckExact(value)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(value, &size);
+    if (text == NULL || size > kMostText) return 0;
+    put_char(to, 's');
+    put_number(to, size);
+    put(to, text, size);
+  } else if ((PyObject*)Py_TYPE(value) == self->dtype_type) {
+    const uintptr_t which = (uintptr_t)value;  // dtypes live as long as torch
+    put_char(to, 'd');
+    put(to, &which, sizeof(which));
+  } else {
+    return 0;
+  }
+  return 1;
+}
+
+static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flags,
+                        PyObject* names) {
+  const Key* self = (const Key*)callable;
+  const Py_ssize_t count = PyVectorcall_NARGS(flags);
+  if (names != NULL || count != self->num_fields) {
+    PyErr_Format(PyExc_TypeError, "expected %zd positional arguments, got %zd", self->num_fields,
+                 count);
+    return NULL;
+  }
+  Text text;
+  text.size = 0;
+  dl_tensor tensors[kMaxFields];
+  uintptr_t begin[kMaxFields], end[kMaxFields];
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* type = (PyObject*)Py_TYPE(values[i]);
+    const int is_tensor = type == self->tensor_type || type == self->parameter_type;
+    begin[i] = end[i] = 0;
+    if (!(is_tensor ? put_tensor(self, values[i], self->roles[i], &text, &tensors[i])
+                    : put_plain(self, values[i], &text))) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    if (is_tensor) end[i] = end_of(&tensors[i], &begin[i]);
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (self->roles[i] != 'w' || begin[i] == end[i]) continue;
+    for (Py_ssize_t j = 0; j < count; ++j) {
+      if (j == i || begin[j] == end[j] || begin[i] >= end[j] || begin[j] >= end[i]) continue;
+      put_char(&text, 'O');
+      put_number(&text, i * kMaxFields + j);
+      put_number(&text, (int64_t)(begin[j] - begin[i]));
+    }
+  }
+  if (text.size > kMostKeyBytes) Py_RETURN_NONE;
+  return PyBytes_FromStringAndSize(text.bytes, text.size);
+}
+
+static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
+  static char* names[] = {"roles", "tensor_type", "parameter_type", "dtype_type", NULL};
+  PyObject *tensor_type, *parameter_type, *dtype_type;
+  const char* roles;
+  Py_ssize_t num_fields;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOO", names, &roles, &num_fields,
+                                   &tensor_type, &parameter_type, &dtype_type))
+    return NULL;
+  if (num_fields > kMaxFields) {
+    PyErr_SetString(PyExc_ValueError, "too many arguments");
+    return NULL;
+  }
+  PyObject* capsule;
+  const dl_exchange* exchange = exchange_of(tensor_type, &capsule);
+  if (exchange == NULL) return NULL;
+  Key* self = (Key*)type->tp_alloc(type, 0);
+  if (self == NULL) {
+    Py_DECREF(capsule);
+    return NULL;
+  }
+  self->vectorcall = key_of;
+  self->exchange = exchange;
+  self->capsule = capsule;
+  self->tensor_type = Py_NewRef(tensor_type);
+  self->parameter_type = Py_NewRef(parameter_type);
+  self->dtype_type = Py_NewRef(dtype_type);
+  self->requires_grad = PyUnicode_InternFromString("requires_grad");
+  self->is_neg = PyUnicode_InternFromString("is_neg");
+  self->num_fields = num_fields;
+  memcpy(self->roles, roles, num_fields);
+  if (self->requires_grad == NULL || self->is_neg == NULL) Py_CLEAR(self);
+  return (PyObject*)self;
+}
+
+static void key_dealloc(PyObject* object) {
+  Key* self = (Key*)object;
+  Py_XDECREF(self->capsule);
+  Py_XDECREF(self->tensor_type);
+  Py_XDECREF(self->parameter_type);
+  Py_XDECREF(self->dtype_type);
+  Py_XDECREF(self->requires_grad);
+  Py_XDECREF(self->is_neg);
+  Py_TYPE(object)->tp_free(object);
+}
+
+static PyTypeObject key_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "kernelhub_binding.Key",
+    .tp_basicsize = sizeof(Key),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_new = key_new,
+    .tp_dealloc = key_dealloc,
+    .tp_call = PyVectorcall_Call,
+    .tp_vectorcall_offset = offsetof(Key, vectorcall),
+    .tp_doc = "What a call is like, as bytes.",
+};
+
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "kernelhub_binding",
@@ -245,11 +447,12 @@ static struct PyModuleDef module = {
 };
 
 PyMODINIT_FUNC PyInit_kernelhub_binding(void) {
-  if (PyType_Ready(&launcher_type) < 0) return NULL;
+  if (PyType_Ready(&launcher_type) < 0 || PyType_Ready(&key_type) < 0) return NULL;
   PyObject* made = PyModule_Create(&module);
   if (made == NULL) return NULL;
   if (PyModule_AddStringConstant(made, "fingerprint", KH_ABI_FINGERPRINT) < 0 ||
-      PyModule_AddObjectRef(made, "Launcher", (PyObject*)&launcher_type) < 0) {
+      PyModule_AddObjectRef(made, "Launcher", (PyObject*)&launcher_type) < 0 ||
+      PyModule_AddObjectRef(made, "Key", (PyObject*)&key_type) < 0) {
     Py_DECREF(made);
     return NULL;
   }

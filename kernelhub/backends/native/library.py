@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from kernelhub import dispatch
 from kernelhub.backends.native import abi, build, platform
 from kernelhub.errors import BuildError, KernelError
+from kernelhub.spec import OpSpec
 
 logger = logging.getLogger("kernelhub")
 
@@ -122,11 +124,24 @@ def fast_binding() -> Any:
     reasons = why_not_fast()
     if not reasons:
         try:
-            return _load_binding(build.ensure(platform.BINDING, platform.soabi()))
+            binding = _load_binding(build.ensure(platform.BINDING, platform.soabi()))
+            dispatch.use_keys(lambda spec: _key_of(binding, spec))
+            return binding
         except (BuildError, ImportError) as error:
             reasons = (str(error),)
     logger.info("calls of compiled kernels go through ctypes: %s", "; ".join(reasons))
     return None
+
+
+def _key_of(binding: Any, spec: OpSpec) -> dispatch.KeyOf:
+    written = spec.mutated
+    key: dispatch.KeyOf = binding.Key(
+        roles="".join("w" if p.name in written else "r" for p in spec.params),
+        tensor_type=torch.Tensor,
+        parameter_type=torch.nn.Parameter,
+        dtype_type=torch.dtype,
+    )
+    return key
 
 
 def _load_binding(path: Path) -> Any:

@@ -1,0 +1,226 @@
+"""Calls that are like one that has passed the checks are not checked again, and no others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+import kernelhub
+from kernelhub import ArgumentError, BackendUnavailable, dispatch, function, registry
+from kernelhub.backends.native import abi, library
+from kernelhub.spec import OpSpec
+
+if library.why_not_fast():
+    pytest.skip("; ".join(library.why_not_fast()), allow_module_level=True)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keys() -> None:
+    assert library.fast_binding() is not None
+
+
+def key_of(spec: OpSpec) -> dispatch.KeyOf:
+    return library._key_of(library.fast_binding(), spec)
+
+
+def table_of(op: str, backend: str) -> dispatch.Table:
+    kernelhub.op(op).on(backend)
+    return function._ops[op]._on[backend][1]
+
+
+def passes(spec: OpSpec, values: list[Any]) -> bool:
+    try:
+        return spec.validate(spec.bind(*values)) is not None
+    except (ArgumentError, RuntimeError):
+        return False
+
+
+def calls(spec: OpSpec) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """Every call of the contract that is right, by position; twice, in memory of its own."""
+    for case in spec.cases():
+        if case.error is None:
+            first, second = (spec.bind(**case.arguments()) for _ in range(2))
+            yield case.name, *([getattr(a, p.name) for p in spec.params] for a in (first, second))
+
+
+def _padded(t: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(t.float(), (0, 3)).to(t.dtype)[..., : t.shape[-1]]
+
+
+TENSORS: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda t: t.to(torch.float64),
+    lambda t: t.to(torch.int32),
+    lambda t: t.float().to(torch.float8_e5m2),
+    lambda t: t.to(torch.bool),
+    lambda t: t.unsqueeze(0),
+    lambda t: t[..., :-1],
+    lambda t: t[:0],
+    lambda t: t[:1].expand(t.shape),
+    lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    _padded,
+    lambda t: t.to("meta"),
+    lambda t: t.to_sparse(),
+    torch._neg_view,
+    lambda t: t.clone().requires_grad_(),
+    lambda t: t.clone().requires_grad_().view_as(t),
+    lambda t: torch.nn.Parameter(t.clone(), requires_grad=t.is_floating_point()),
+    lambda t: t.as_subclass(Subclass),
+    lambda t: torch.quantize_per_tensor(t.float(), 1.0, 0, torch.quint8),
+    lambda t: torch.nested.nested_tensor([t, t]),
+)
+OTHERS = (None, True, False, 0, 1, -1, 3, 2**40, 2**70, 0.0, -1.0, math.nan, math.inf, "swigl!")
+OTHERS += ("text" * 40, torch.bfloat16, torch.int8, torch.Generator(), object(), [1])
+
+
+def changed(values: list[Any]) -> Iterator[list[Any]]:
+    """The call with one argument changed, or made to lie in the memory of another."""
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    for i, value in enumerate(values):
+        others: list[Any] = list(OTHERS)
+        if isinstance(value, torch.Tensor):
+            for change in TENSORS:
+                try:
+                    others.append(change(value))
+                except (RuntimeError, IndexError, NotImplementedError):
+                    continue  # torch cannot make this one
+        for other in tensors:
+            same = isinstance(value, torch.Tensor) and value.shape == other.shape
+            if other.numel() > 0 and (value is None or (same and value.dtype == other.dtype)):
+                others += [other, other.flatten()[1:]]
+                room = torch.zeros(other.numel() + 1, dtype=other.dtype)
+                yield [
+                    room[1:].view(other.shape)
+                    if j == i
+                    else room[:-1].view(other.shape)
+                    if v is other
+                    else v
+                    for j, v in enumerate(values)
+                ]
+        for replacement in others:
+            yield [*values[:i], replacement, *values[i + 1 :]]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize:UserWarning", "ignore:The PyTorch API of nested:UserWarning"
+)
+@pytest.mark.parametrize("op", abi.OPS)
+def test_calls_of_one_key_pass_the_checks_alike(op: str) -> None:
+    spec = registry.spec(op)
+    key = key_of(spec)
+    passed: dict[bytes, str] = {}
+    for name, first, second in calls(spec):
+        found = key(*first)
+        assert found is None or found == key(*second), name
+        if found is not None and passes(spec, first):
+            passed[found] = name
+    assert len(passed) > 10
+    refused = 0
+    for name, values, _ in islice(calls(spec), 0, None, 5):
+        for call in changed(values):
+            found = key(*call)
+            if found is not None and not passes(spec, call):
+                refused += 1
+                assert found not in passed, (name, passed[found], call)
+    assert refused > 200
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor, float]:
+    return torch.randn(3, 8), torch.randn(3, 8), 2.0
+
+
+def known() -> dict[bytes | None, Any]:
+    return table_of("fused_mul_add", "simt").known
+
+
+@pytest.fixture
+def mul_add() -> Iterator[Any]:
+    """fused_mul_add on simt, whose call of `arguments` is known."""
+    op = kernelhub.op("fused_mul_add").on("simt")
+    function._ops["fused_mul_add"].clear()
+    for _ in range(3):
+        op(*arguments())
+    assert len(known()) == 1
+    yield op
+    function._ops["fused_mul_add"].clear()
+
+
+def test_a_known_call_is_not_checked(mul_add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*values: Any) -> Any:
+        raise AssertionError("checked")
+
+    monkeypatch.setitem(table_of("fused_mul_add", "simt").namespace, "_checked", unexpected)
+    x, bias, scale = arguments()
+    torch.testing.assert_close(mul_add(x, bias, scale), x * scale + bias)
+    torch.testing.assert_close(mul_add(x, bias=bias, scale=scale), x * scale + bias)
+    with pytest.raises(AssertionError, match="checked"):
+        mul_add(x, bias, 3)
+
+
+def test_a_bad_call_beside_a_known_one_is_refused(mul_add: Any) -> None:
+    x, bias, scale = arguments()
+    with pytest.raises(ArgumentError, match="bias"):
+        mul_add(x, bias.half(), scale)
+    with pytest.raises(ArgumentError, match="out"):
+        mul_add(x, bias, scale, out=torch.empty(3, 1).expand(3, 8))
+
+
+def test_overlap_is_seen_beside_a_known_call_with_out(mul_add: Any) -> None:
+    x, bias, scale = arguments()
+    for _ in range(3):
+        mul_add(x, bias, scale, out=torch.empty(3, 8))
+    assert len(known()) == 2
+    both = torch.randn(25)
+    with pytest.raises(ArgumentError, match="out"):
+        mul_add(both[:24].view(3, 8), bias, scale, out=both[1:].view(3, 8))
+
+
+def test_a_derivative_is_not_lost_by_a_known_call(mul_add: Any) -> None:
+    x, bias, scale = arguments()
+    with pytest.raises(BackendUnavailable, match="requires grad"):
+        mul_add(x.requires_grad_(), bias, scale)
+    with torch.no_grad():
+        mul_add(x, bias, scale)
+    with pytest.raises(BackendUnavailable, match=r"torch\.func"):
+        torch.func.vmap(lambda t: mul_add(t, bias[0], scale))(torch.randn(4, 3, 8))
+
+
+def test_a_change_of_policy_forgets_known_calls() -> None:
+    op = kernelhub.op("fused_mul_add")
+    table = function._ops["fused_mul_add"].table
+    try:
+        with kernelhub.use("simt"):
+            for _ in range(3):
+                op(*arguments())
+            assert op.explain(*arguments()).backend == "simt"
+            assert not table.known
+        for _ in range(3):
+            op(*arguments())
+        assert len(table.known) == 1
+        with kernelhub.use("simt"):
+            assert not table.known
+    finally:
+        function._ops["fused_mul_add"].clear()
+
+
+def test_known_calls_are_bounded(mul_add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_MOST_KNOWN", 5)
+    for n in range(1, 13):
+        for _ in range(2):
+            mul_add(torch.ones(n), torch.ones(n), 1.0)
+    assert 0 < len(known()) <= 5
+
+
+def test_a_key_has_all_arguments_by_position() -> None:
+    key = key_of(registry.spec("fused_mul_add"))
+    for call in (lambda: key(1.0), lambda: key(1, 2, 3, 4, 5), lambda: key(1, 2, 3, out=4)):
+        with pytest.raises(TypeError, match="expected 4 positional arguments"):
+            call()
