@@ -124,7 +124,8 @@ def test_calls_of_one_key_pass_the_checks_alike(op: str) -> None:
             passed[found] = name
     assert len(passed) > 10
     refused = 0
-    for name, values, _ in islice(calls(spec), 0, None, 5):
+    some = 5 if op == "fused_gemv" else 1  # it is the longest, and alike to fused_moe_gemv
+    for name, values, _ in islice(calls(spec), 0, None, some):
         for call in changed(values):
             found = key(*call)
             if found is not None and not passes(spec, call):
