@@ -248,7 +248,8 @@ class Table:
         self.known: dict[bytes | None, Callable[..., Any]] = {}
         self.key: KeyOf = _make_key(spec) if _make_key else _no_key
         self.namespace: dict[str, Any] = {}
-        _tables.add(self)
+        with registry.lock:
+            _tables.add(self)
         self.not_real: Callable[..., Any]
         self._rankings: dict[tuple[Device, policy.Wish], Ranking] = {}
         self._told: set[tuple[str, str]] = set()
@@ -287,7 +288,9 @@ class Table:
             ranking = self.ranking(device)
             if ranking.depends_on_arguments:
                 entry = ranking.pick(call)
-                if entry is None or (entry.name, str(device)) not in self._told:
+                if entry is None or entry.backend.name == registry.REFERENCE:
+                    return  # perhaps a fallback, of which more must be said than once
+                if (entry.name, str(device)) not in self._told:
                     return
                 run = self._chooser(ranking, entry.function, told=True)
             if len(self.known) >= _MOST_KNOWN:

@@ -14,6 +14,7 @@ import kernelhub
 from kernelhub import ArgumentError, BackendUnavailable, dispatch, function, registry
 from kernelhub.backends.native import abi, library
 from kernelhub.spec import OpSpec
+from tests.toys import backend
 
 if library.why_not_fast():
     pytest.skip("; ".join(library.why_not_fast()), allow_module_level=True)
@@ -210,6 +211,20 @@ def test_a_change_of_policy_forgets_known_calls() -> None:
             assert not table.known
     finally:
         function._ops["fused_mul_add"].clear()
+
+
+def test_a_fallback_is_never_known(add_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
+    rules = {"rejects": lambda call: ["too small"]}
+    add_backend(backend("toy", 42.0, implementation=rules))
+    op, table = kernelhub.op("fused_mul_add"), function._ops["fused_mul_add"].table
+    kernelhub.configure("fused_mul_add=reference")
+    op(*arguments())  # asked for, and told of
+    kernelhub.configure(fallback="error")
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable, match="fallback=error"):
+            op(*arguments())
+        assert not table.known
 
 
 def test_known_calls_are_bounded(mul_add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
