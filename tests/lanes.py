@@ -80,7 +80,7 @@ class Lane:
 
     options: str
     patterns: Iterable[str]
-    runtime: str = ""
+    runtime: tuple[str, ...] = ()
     environment: dict[str, str] = attrs.field(factory=dict)
     blocks: str = ""
 
@@ -89,7 +89,7 @@ class Lane:
         return [sys.executable, "-m", "tests.vendor.run_cases", *what]
 
     def variables(self) -> dict[str, str]:
-        preload = {"LD_PRELOAD": _path_of(self.runtime)} if self.runtime else {}
+        preload = {"LD_PRELOAD": ":".join(map(_path_of, self.runtime))} if self.runtime else {}
         own = {"KERNELHUB_SIMT": self.options, "OMP_NUM_THREADS": "1"}
         return {**os.environ, **own, **preload, **self.environment}
 
@@ -113,7 +113,7 @@ def lanes(everything: bool) -> Iterator[Lane]:
     races = ("rotary_embedding/*", "fused_mul_add/*", "*/long-rows-joint") if everything else ()
     # A race of two GPU threads is a data race; exit code 66 fails the lane.
     quiet = "report_signal_unsafe=0:ignore_noninstrumented_modules=1"
-    watched = ("libtsan.so", {"TSAN_OPTIONS": f"exitcode=66:{quiet}"})
+    watched = (("libtsan.so",), {"TSAN_OPTIONS": f"exitcode=66:{quiet}"})
     for warp in WIDTHS:
         yield Lane(f"warp={warp},sanitize=thread,threads=2", (*RACES, *races), *watched)
     yield Lane("warp=128,sanitize=thread,threads=2", SHARED_ROWS, *watched, blocks="3")
@@ -123,7 +123,8 @@ def lanes(everything: bool) -> Iterator[Lane]:
         yield Lane(
             f"warp={warp},sanitize=address",
             "*" if everything else (*ACCESSES, *LEFT_OUT[warp]),
-            "libasan.so",
+            # It must find what throws C++ exceptions when it starts, for torch throws.
+            ("libasan.so", "libstdc++.so.6"),
             {"ASAN_OPTIONS": options},
         )
     yield from orders(everything)
