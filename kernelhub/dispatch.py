@@ -229,13 +229,18 @@ _make_key: Callable[[OpSpec], KeyOf] | None = None
 _tables: weakref.WeakSet[Table] = weakref.WeakSet()
 
 
+def key_for(spec: OpSpec) -> KeyOf:
+    """What tells what calls of an op are like; says nothing where nobody can."""
+    return _make_key(spec) if _make_key else _no_key
+
+
 def use_keys(make: Callable[[OpSpec], KeyOf]) -> None:
     """From now on let `make(spec)` tell what calls of an op are like."""
     global _make_key
     with registry.lock:
         _make_key = make
         for table in list(_tables):
-            table.key = table.namespace["_key"] = make(table.spec)
+            table.namespace["_key"] = make(table.spec)
 
 
 class Table:
@@ -246,7 +251,6 @@ class Table:
         self.on = on
         self.by_device: dict[Any, Callable[..., Any]] = {}
         self.known: dict[bytes | None, Callable[..., Any]] = {}
-        self.key: KeyOf = _make_key(spec) if _make_key else _no_key
         self.namespace: dict[str, Any] = {}
         with registry.lock:
             _tables.add(self)
@@ -266,8 +270,8 @@ class Table:
                 self._rankings[device, wish] = rank(self.spec, device, wish)
             return self._rankings[device, wish]
 
-    def checked(self, *values: Any) -> Callable[..., Any]:
-        """The function for a call that is like none that is known, all arguments by position.
+    def checked(self, key: bytes | None, *values: Any) -> Callable[..., Any]:
+        """The function for a call whose key is not known, all arguments by position.
 
         Raises `ArgumentError` where the call breaks the contract.
         """
@@ -276,7 +280,6 @@ class Table:
         run = self.by_device.get(device)
         if run is None:
             return self._miss(call, device)
-        key = self.key(*values)
         if key is not None and not (_observed() or _derivable(values, {})):
             self._keep(key, device, run, call)
         return run

@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from kernelhub import compile as torch_ops
 from kernelhub import grammar, plugins, policy, registry
-from kernelhub.dispatch import Table
+from kernelhub.dispatch import Table, key_for
 from kernelhub.errors import ArgumentError, PolicyError
 from kernelhub.selection import Selection
 from kernelhub.spec import Args, OpSpec, TensorDesc
@@ -18,9 +18,10 @@ _CALL = """\
 def {name}{signature}:
     if _tracing():
         return _traced({call})
-    run = _known(_key({positional}))
+    _like = _key({positional})
+    run = _known(_like)
     if run is None:
-        run = _checked({positional})
+        run = _checked(_like, {positional})
     try:
         return run({call})
     except Exception as error:
@@ -114,7 +115,7 @@ class Op:
             "_tracing": is_dynamo_compiling,
             "_traced": traced,
             "_known": table.known.get,
-            "_key": table.key,
+            "_key": key_for(spec),
             "_checked": table.checked,
             "_failed": table.failed,
         }
