@@ -140,21 +140,25 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
     if scheme == "fp32":
         return None
     if op == "fused_moe_gemv":
-        if scheme == "dense" or (scheme == "fp8" and k > 8192):
+        if scheme == "dense":
             return None
-        if k > 2048:
-            return "s4x2c4" if k > 8192 else "s4x2c2"
+        if k > 8192:
+            return "s4x2c4"
         if scheme == "int4":
-            return "d4x2c1"
-        return "s4x1c1" if k <= 1024 else None
+            return "d4x2c2" if k > 2048 else "d4x2c1"
+        if k > 2048:
+            return "s4x2c2"
+        return "s4x2c1" if k > 1024 else "s4x1c1"
     if k > 8192:
-        return "s4x4c4" if rows <= 4096 else "s4x2c4"
+        return "s4x4c4" if rows <= 4096 and scheme != "int4" else "s4x2c4"
     if k > 4096:
+        if scheme == "int4":
+            return "s2x4c2"
         if rows <= 4096:
-            return {"dense": "s2x8c2", "fp8": "s4x4c2", "int4": "s4x2c2"}[scheme]
-        return "s2x4c2" if scheme == "dense" else "s4x4c4"
+            return "s2x8c2"
+        return "s4x4c4" if scheme == "dense" else "s8x2c4"
     if rows > 4096 and (k > 2048 or rows <= 8192):
-        return "s4x2c4" if scheme == "dense" else "s8x2c4"
+        return "s4x2c2" if scheme == "int4" else "s8x2c4"
     if k > 2048:
         return "s4x4c2" if scheme == "dense" else "s4x2c2"
     return "s2x4c2" if rows <= 2048 else "s4x2c2"
