@@ -1,0 +1,200 @@
+"""Every fault planted in CUDA's own kernels is caught by the ops' cases, on a device.
+
+`python -m tests.vendor.cuda_mutants [NAMES]` compiles the library once and each fault's source
+anew, takes some minutes and exits with 1 where a fault was not caught.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from kernelhub import registry
+from kernelhub.backend import Backend
+from kernelhub.backends.cuda import _kernels
+from kernelhub.backends.native import tiles
+from kernelhub.backends.native.kernels import Kernels
+from kernelhub.backends.native.library import Library
+from kernelhub.backends.native.platform import CUDA, csrc
+from kernelhub.testing import run_case
+from tests.mutants import Mutant
+
+ARCH = "sm_90a"
+_STREAM = "cuda/gemv_stream.muh"
+_GEMV = ("fused_gemv", "fused_moe_gemv")
+TILE = "s4x2c2"
+
+
+def _stream(name: str, old: str, new: str, scheme: str = "dense") -> Mutant:
+    return Mutant(name, _STREAM, old, new, ARCH, f"gemv_stream_{scheme}.cu")
+
+
+MUTANTS = (
+    _stream(
+        "first-source-alone", "for (int s = 1; s < sources; ++s)", "for (int s = 1; s < 1; ++s)"
+    ),
+    _stream("last-source-dropped", "s < sources; ++s)", "s < sources - 1; ++s)"),
+    _stream("bias-of-gate-for-up", "(row + half * int64_t{p_.outputs})", "(row)"),
+    _stream("bias-dropped", "v += entry(p_.bias, ", "v += 0 * entry(p_.bias, "),
+    _stream("weight-by-column", "groups_->weight[place]", "groups_->weight[column]"),
+    _stream("rows-of-rank-0", "first_of(finishing_) + rank_ * own", "first_of(finishing_)"),
+    _stream("gate-and-up-swapped", "silu(v) * up", "silu(up) * v"),
+    _stream("first-columns-stay", "(staged < 0 || !one_column())", "(staged < 0)"),
+    _stream(
+        "one-column-always",
+        "groups_ != nullptr && p_.x_rows_a_token == 1 && p_.columns == p_.slots",
+        "groups_ != nullptr",
+    ),
+    _stream(
+        "sums-not-cleared",
+        "if (at_step_ == 0) clear();",
+        "if (at_step_ == 0 && sent_ == 0) clear();",
+    ),
+    _stream("elsewhere-not-cleared", "if (g.id[place] >= 0) continue;", "continue;"),
+    _stream(
+        "later-tokens-read-the-first-rows",
+        "p.x.data + first * p.x_rows_a_token * p.x.row_stride",
+        "p.x.data",
+    ),
+    _stream(
+        "rank-0-columns",
+        "p_.x.data + int64_t{rank_ * cut_.block_units} * F::kUnitK * 2",
+        "p_.x.data",
+    ),
+    _stream(
+        "nan-code-lost",
+        "if ((found & kNanBits) != 0)",
+        "if ((found & kNanBits) > 0x80000000u)",
+        "fp8",
+    ),
+    _stream(
+        "nan-of-other-lanes-lost", "found |= __shfl_xor_sync(0xffffffffu, found, 1);", "", "fp8"
+    ),
+    _stream(
+        "scale-of-first-group",
+        "slice * kSliceK >> p_.group_shift;\n          const uint32_t at = group",
+        "0;\n          const uint32_t at = group",
+        "fp8",
+    ),
+    _stream("zero-7", "zero_[t][h][s] = 8;", "zero_[t][h][s] = 7;", "int4"),
+    _stream(
+        "zero-of-first-group",
+        "group * p_.weight_zero.group_stride",
+        "0 * p_.weight_zero.group_stride",
+        "int4",
+    ),
+    _stream("expert-0", "expert * p_.weight.expert_stride", "0 * p_.weight.expert_stride", "int4"),
+    _stream(
+        "second-words-scale",
+        "scale_[0][1][F::kScales - 1] = v.w",
+        "scale_[0][1][F::kScales - 1] = v.z",
+        "int4",
+    ),
+)
+
+
+def _with_fault(mutant: Mutant, folder: Path) -> Path:
+    """A copy of `csrc` that has it."""
+    copy = folder / "csrc"
+    shutil.copytree(csrc(), copy)
+    path = copy / mutant.module
+    source = path.read_text()
+    assert source.count(mutant.old) == 1, f"{mutant.name}: found {source.count(mutant.old)} times"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    return copy
+
+
+def _compile(base: Path, folder: Path, source: Path) -> Path:
+    """The object of one source of a copy of `csrc`."""
+    compiler = CUDA.find_compiler()
+    includes = [f"-I{base / path.relative_to(csrc())}" for path in CUDA.includes()]
+    flags = CUDA.compile_flags(compiler, ARCH)
+    made = folder / f"{source.stem}.o"
+    at = base / source.relative_to(csrc())
+    subprocess.run([compiler.path, *flags, *includes, "-c", at, "-o", made], check=True)
+    return made
+
+
+def _link(objects: Iterable[Path], folder: Path) -> Path:
+    library = folder / "library.so"
+    compiler = CUDA.find_compiler()
+    subprocess.run([compiler.path, *objects, "-shared", "-o", library], check=True)
+    return library
+
+
+def libraries_of(mutants: list[Mutant], root: Path) -> list[Path]:
+    """The library without a fault, then those with one each."""
+    sources = {source.name: source for source in CUDA.sources()}
+    jobs = [(csrc(), root, source) for source in sources.values()]
+    for mutant in mutants:
+        copy = _with_fault(mutant, root / mutant.name)
+        jobs.append((copy, copy.parent, sources[mutant.only]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(lambda job: _compile(*job), jobs))
+        sound = dict(zip(sources, made, strict=False))
+        changed = zip(mutants, made[len(sources) :], strict=True)
+        sets = [sound, *({**sound, mutant.only: own} for mutant, own in changed)]
+        return list(
+            pool.map(
+                lambda pair: _link(pair[0].values(), pair[1]),
+                zip(sets, [root, *(root / m.name for m in mutants)], strict=True),
+            )
+        )
+
+
+def failing_case(library: Path) -> str:
+    """The first case of CUDA's own kernels that a library fails; "" where it fails none."""
+    kernels = Kernels(CUDA, "cuda", lambda device: ARCH, _kernels.stream_of)
+    kernels._libraries[ARCH] = Library(library, "cuda")
+    made = kernels.implementations(_GEMV)
+    registry.add_backend(Backend("mutant", made, device_types=("cuda",), automatic=False))
+    classes = [f"{s} n512 k{k}" for s in ("dense", "fp8", "int4") for k in (512, 1024)]
+    with tiles.override({op: dict.fromkeys(classes, TILE) for op in _GEMV}):
+        for op in _GEMV:
+            for case in registry.spec(op).cases():
+                if case.name.startswith("whole-slices-"):
+                    outcome = run_case(op, case, "mutant", "cuda")
+                    if outcome.status != "passed":
+                        return f"{op} {case.name}: {outcome.message}"
+    torch.cuda.synchronize()
+    return ""
+
+
+def judged(library: Path) -> str:
+    """The same of a child process, which a fault may crash or keep from ending."""
+    command = [sys.executable, "-m", "tests.vendor.cuda_mutants", "--run", str(library)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    except subprocess.TimeoutExpired:
+        return "did not end"
+    said = run.stdout.strip() or (run.stderr.strip().splitlines() or ["died"])[-1]
+    return said if run.returncode else ""
+
+
+def main(*names: str) -> int:
+    if names[:1] == ("--run",):
+        found = failing_case(Path(names[1]))
+        print(found)
+        return 1 if found else 0
+    mutants = [m for m in MUTANTS if not names or m.name in names]
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(8) as pool:
+        sound, *found = pool.map(judged, libraries_of(mutants, Path(temporary)))
+    if sound:
+        print(f"without a fault: {sound}")
+    missed = [m.name for m, why in zip(mutants, found, strict=True) if not why]
+    for mutant, why in zip(mutants, found, strict=True):
+        print(f"{mutant.name}: {why[:150] or 'NOT CAUGHT'}")
+    print(f"{len(mutants) - len(missed)} of {len(mutants)} caught")
+    return 1 if missed or sound else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
