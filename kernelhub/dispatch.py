@@ -1,8 +1,9 @@
 """From a call to the implementation that runs it.
 
-Each op keeps one table from device object to the function to run. An entry is made on the first
-call for a device; a change of policy or of backends empties the tables. While any thread is inside
-a `use` block nothing is kept: each call then asks the policy of its own thread.
+Each op keeps one table from device object to the function to run, which takes every argument by
+position. An entry is made on the first call for a device; a change of policy or of backends empties
+the tables. While any thread is inside a `use` block nothing is kept: each call then asks the policy
+of its own thread.
 
 A second table, from what a call is like to the function, saves the checks of calls that are like
 one that has passed them. What a call is like must be found faster than the checks take, so the
@@ -34,7 +35,8 @@ logger = logging.getLogger("kernelhub")
 
 KeyOf = Callable[..., bytes | None]
 """From the arguments of a call, by position, to bytes that are equal for calls that an op's checks
-and implementations' rules cannot tell apart; None where it cannot say."""
+and implementations' rules cannot tell apart, whether a gradient may be asked for among them. None
+where it cannot say, and where a transform or an observer of torch's ops must be asked first."""
 
 _MOST_KNOWN = 4096  # calls of a table; more empty it
 
@@ -77,7 +79,7 @@ class Ranking:
     def without_rules(self) -> Callable[..., Any] | None:
         """The first candidate's function, where only a derivative can keep it from running."""
         first = self._first
-        return first.function if first and not first.implementation.rejects_some else None
+        return first.by_position if first and not first.implementation.rejects_some else None
 
     @property
     def _first(self) -> Entry | None:
@@ -134,14 +136,13 @@ def _underivable(tensors: dict[str, Any]) -> list[str]:
     return []
 
 
-def _derivable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _derivable(values: tuple[Any, ...]) -> bool:
     """Whether a derivative of the call may be asked for (a quick yes to whatever is unusual)."""
     if _transformed() or forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
-    given = (*args, *kwargs.values()) if kwargs else args
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in given)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _transformed() -> bool:
@@ -153,6 +154,14 @@ def _observed() -> bool:
     """Whether something follows the call that sees torch ops alone: a dispatch mode (make_fx, a
     FLOP counter) or torch.jit.trace."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+WATCHERS = (
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+)
+"""`_transformed` and `_observed` for who makes keys: one returns something true where either is."""
 
 
 def rank(spec: OpSpec, device: Device, wish: policy.Wish) -> Ranking:
@@ -271,7 +280,7 @@ class Table:
             return self._rankings[device, wish]
 
     def checked(self, key: bytes | None, *values: Any) -> Callable[..., Any]:
-        """The function for a call whose key is not known, all arguments by position.
+        """The function for a call whose key is not known; it, too, takes all by position.
 
         Raises `ArgumentError` where the call breaks the contract.
         """
@@ -280,7 +289,7 @@ class Table:
         run = self.by_device.get(device)
         if run is None:
             return self._miss(call, device)
-        if key is not None and not (_observed() or _derivable(values, {})):
+        if key is not None:
             self._keep(key, device, run, call)
         return run
 
@@ -295,7 +304,7 @@ class Table:
                     return  # perhaps a fallback, of which more must be said than once
                 if (entry.name, str(device)) not in self._told:
                     return
-                run = self._chooser(ranking, entry.function, told=True)
+                run = entry.by_position
             if len(self.known) >= _MOST_KNOWN:
                 self.known.clear()
             self.known[key] = run
@@ -309,28 +318,27 @@ class Table:
             if ranking.depends_on_arguments:
                 run: Callable[..., Any] = self._chooser(ranking, ranking.without_rules)
             else:
-                run = self.select(ranking, call, stacklevel=6).function
+                run = self.select(ranking, call, stacklevel=6).by_position
             if self.on is not None or not policy.uses_active():
                 self.by_device[device] = run
         return run
 
-    def _chooser(
-        self, ranking: Ranking, first: Callable[..., Any] | None, told: bool = False
-    ) -> Callable[..., Any]:
+    def _chooser(self, ranking: Ranking, first: Callable[..., Any] | None) -> Callable[..., Any]:
         """Chooses on every call, for implementations whose rules look at the arguments.
 
         `first` is what runs where no derivative may be asked for, once it has been told of.
         """
         bind, select = self.spec.bind, self.select
+        told = False
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*values: Any) -> Any:
             nonlocal told
             if _observed():
-                return self.not_real(*args, **kwargs)
-            if told and first is not None and not _derivable(args, kwargs):
-                return first(*args, **kwargs)
+                return self.not_real(*values)
+            if told and first is not None and not _derivable(values):
+                return first(*values)
             told = True
-            return select(ranking, bind(*args, **kwargs)).function(*args, **kwargs)
+            return select(ranking, bind(*values)).by_position(*values)
 
         return run
 

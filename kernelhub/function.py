@@ -23,7 +23,7 @@ def {name}{signature}:
     if run is None:
         run = _checked(_like, {positional})
     try:
-        return run({call})
+        return run({positional})
     except Exception as error:
         _failed(error, {call})
         raise
@@ -99,8 +99,10 @@ class Op:
             positional=", ".join(spec.signature.parameters),
         )
 
-        def not_real(*args: Any, **kwargs: Any) -> Any:
-            call = spec.bind(*args, **kwargs)
+        traced_by_position = spec.by_position(traced)
+
+        def not_real(*values: Any) -> Any:
+            call = spec.bind(*values)
             if any(isinstance(value, TensorDesc) for value in spec.tensors(call).values()):
                 raise ArgumentError(
                     spec.name,
@@ -108,7 +110,7 @@ class Op:
                     "a tensor (a description can be explained, not run)",
                     getattr(call, spec.device_param),
                 )
-            return traced(*args, **kwargs)  # fake tensors and tensor subclasses
+            return traced_by_position(*values)  # fake tensors and tensor subclasses
 
         table.not_real = not_real
         namespace = {

@@ -39,11 +39,15 @@ SHIPPED = (REFERENCE, "musa", "cuda", "simt")
 
 @attrs.frozen
 class Entry:
-    """An implementation in the table, with the backend it belongs to."""
+    """An implementation in the table, with the backend it belongs to.
+
+    `by_position` is its function for callers that hand over every argument by position.
+    """
 
     backend: Backend
     implementation: Implementation
     function: Callable[..., Any]
+    by_position: Callable[..., Any]
     priority: int
 
     @property
@@ -129,7 +133,8 @@ def _reference_entry(spec: OpSpec) -> Entry:
     implementation = Implementation(
         op=spec.name, target=spec.reference, traits=spec.reference_traits
     )
-    return Entry(_backends[REFERENCE], implementation, spec.reference, REFERENCE_PRIORITY)
+    run = spec.by_position(spec.reference)
+    return Entry(_backends[REFERENCE], implementation, spec.reference, run, REFERENCE_PRIORITY)
 
 
 def _check_spec(spec: OpSpec) -> None:
@@ -255,7 +260,9 @@ def _entry(backend: Backend, implementation: Implementation) -> Entry:
     )
     _check_signature(_specs[op], function, label)
     own = implementation.priority
-    return Entry(backend, implementation, function, backend.priority if own is None else own)
+    priority = backend.priority if own is None else own
+    run = _specs[op].by_position(function)
+    return Entry(backend, implementation, function, run, priority)
 
 
 def _ties(new: list[Entry]) -> Iterator[str]:

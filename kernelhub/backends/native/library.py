@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kernelhub import dispatch
 from kernelhub.backends.native import abi, build, platform
@@ -140,6 +141,9 @@ def _key_of(binding: Any, spec: OpSpec) -> dispatch.KeyOf:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         dtype_type=torch.dtype,
+        grad_enabled=torch.is_grad_enabled,
+        watchers=dispatch.WATCHERS,
+        forward_ad=forward_ad,
     )
     return key
 
