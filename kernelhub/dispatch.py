@@ -79,7 +79,7 @@ class Ranking:
     def without_rules(self) -> Callable[..., Any] | None:
         """The first candidate's function, where only a derivative can keep it from running."""
         first = self._first
-        return first.by_position if first and not first.implementation.rejects_some else None
+        return first.run if first and not first.implementation.rejects_some else None
 
     @property
     def _first(self) -> Entry | None:
@@ -294,20 +294,23 @@ class Table:
         return run
 
     def _keep(self, key: bytes, device: Device, run: Callable[..., Any], call: Args) -> None:
+        ranking = self.ranking(device)
+        entry = ranking.pick(call)
+        if entry is None:
+            return
+        if ranking.depends_on_arguments:
+            if entry.backend.name == registry.REFERENCE:
+                return  # perhaps a fallback, of which more must be said than once
+            if (entry.name, str(device)) not in self._told:
+                return
+        prepared = entry.prepared(call)
         with registry.lock:
-            if self.by_device.get(device) is not run:
+            still = self._rankings.get((device, ranking.wish)) is ranking
+            if not still or self.by_device.get(device) is not run:
                 return  # the policy has changed meanwhile
-            ranking = self.ranking(device)
-            if ranking.depends_on_arguments:
-                entry = ranking.pick(call)
-                if entry is None or entry.backend.name == registry.REFERENCE:
-                    return  # perhaps a fallback, of which more must be said than once
-                if (entry.name, str(device)) not in self._told:
-                    return
-                run = entry.by_position
             if len(self.known) >= _MOST_KNOWN:
                 self.known.clear()
-            self.known[key] = run
+            self.known[key] = prepared
 
     def _miss(self, call: Args, device: Any) -> Callable[..., Any]:
         """The function for a call whose device has no entry; keeps it where it may."""
@@ -318,7 +321,7 @@ class Table:
             if ranking.depends_on_arguments:
                 run: Callable[..., Any] = self._chooser(ranking, ranking.without_rules)
             else:
-                run = self.select(ranking, call, stacklevel=6).by_position
+                run = self.select(ranking, call, stacklevel=6).run
             if self.on is not None or not policy.uses_active():
                 self.by_device[device] = run
         return run
@@ -338,7 +341,7 @@ class Table:
             if told and first is not None and not _derivable(values):
                 return first(*values)
             told = True
-            return select(ranking, bind(*values)).by_position(*values)
+            return select(ranking, bind(*values)).run(*values)
 
         return run
 

@@ -33,7 +33,7 @@ _PLAN = """\
 def {name}_plan{signature}:
     if _tracing():
         return _traced({call})
-    return _run({call})
+    return _run({positional})
 """
 
 
@@ -192,11 +192,12 @@ class Op:
             name=spec.name,
             signature=_parameters(spec, without=fixed),
             call=_arguments(spec, left_out=default),
+            positional=", ".join(parameters),
         )
         namespace = {
             "_tracing": is_dynamo_compiling,
             "_traced": torch_ops.traced(spec, entry.backend.name, _parameters(spec)),
-            "_run": entry.function,
+            "_run": entry.run,
             **{name: getattr(call, name) for name in fixed},
         }
         planned = torch_ops.compiled_function(source, f"{spec.name}_plan", namespace, spec)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import methodcaller
 from typing import Any
 
 import attrs
 import torch
+from torch import Tensor
 
 from kernelhub.backend import Implementation
 from kernelhub.backends.native import abi, build
 from kernelhub.backends.native.library import Launcher, Library, StreamOf
 from kernelhub.backends.native.platform import Platform
+from kernelhub.spec import contiguous_strides
 
 _lock = threading.Lock()
 
@@ -42,6 +45,14 @@ class Launchers(dict[torch.device, Launcher]):
         if device not in self._archs:
             self._archs[device] = self._kernels.arch_of(device)
         return self._archs[device]
+
+
+def maker(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What makes new contiguous tensors, on the device of the tensor it is given, a `like`."""
+    shape = tuple(shape)
+    if (like.shape, like.stride(), like.dtype) == (shape, contiguous_strides(shape), dtype):
+        return torch.empty_like
+    return methodcaller("new_empty", *(shape or ((),)), dtype=dtype)
 
 
 @attrs.frozen
