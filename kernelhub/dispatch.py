@@ -38,6 +38,8 @@ KeyOf = Callable[..., bytes | None]
 and implementations' rules cannot tell apart, whether a gradient may be asked for among them. None
 where it cannot say, and where a transform or an observer of torch's ops must be asked first."""
 
+Known = dict[bytes | None, Callable[..., Any]]
+
 _MOST_KNOWN = 4096  # calls of a table; more empty it
 
 _HOST_DEVICES = ("cpu", "meta")
@@ -235,7 +237,7 @@ def _no_key(*values: Any) -> None:
 
 
 _make_key: Callable[[OpSpec], KeyOf] | None = None
-_tables: weakref.WeakSet[Table] = weakref.WeakSet()
+_tables: weakref.WeakSet[Table | Planned] = weakref.WeakSet()
 
 
 def key_for(spec: OpSpec) -> KeyOf:
@@ -252,6 +254,32 @@ def use_keys(make: Callable[[OpSpec], KeyOf]) -> None:
             table.namespace["_key"] = make(table.spec)
 
 
+def _put(known: Known, key: bytes, run: Callable[..., Any]) -> None:
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[key] = run
+
+
+class Planned:
+    """What the implementation of a plan has prepared for its calls. Nothing is checked."""
+
+    def __init__(self, spec: OpSpec, entry: Entry) -> None:
+        self.spec = spec
+        self.entry = entry
+        self.known: Known = {}
+        self.namespace: dict[str, Any] = {}
+        with registry.lock:
+            _tables.add(self)
+
+    def prepared(self, key: bytes | None, *values: Any) -> Callable[..., Any]:
+        """The function for a call whose key is not known, all arguments by position."""
+        if key is None:
+            return self.entry.run
+        run = self.entry.prepared(self.spec.bind(*values))
+        _put(self.known, key, run)
+        return run
+
+
 class Table:
     """The functions of one op by device, under the thread's policy or under one `op.on` choice."""
 
@@ -259,7 +287,7 @@ class Table:
         self.spec = spec
         self.on = on
         self.by_device: dict[Any, Callable[..., Any]] = {}
-        self.known: dict[bytes | None, Callable[..., Any]] = {}
+        self.known: Known = {}
         self.namespace: dict[str, Any] = {}
         with registry.lock:
             _tables.add(self)
@@ -308,9 +336,7 @@ class Table:
             still = self._rankings.get((device, ranking.wish)) is ranking
             if not still or self.by_device.get(device) is not run:
                 return  # the policy has changed meanwhile
-            if len(self.known) >= _MOST_KNOWN:
-                self.known.clear()
-            self.known[key] = prepared
+            _put(self.known, key, prepared)
 
     def _miss(self, call: Args, device: Any) -> Callable[..., Any]:
         """The function for a call whose device has no entry; keeps it where it may."""

@@ -183,3 +183,49 @@ def test_new_tensors_are_contiguous(like: torch.Tensor, shape: tuple[int, ...] |
     expected = torch.empty(shape, dtype=torch.float32)
     assert (made.shape, made.stride(), made.dtype) == (shape, expected.stride(), torch.float32)
     assert made.data_ptr() != like.data_ptr() or made.numel() == 0
+
+
+def plan_of(op: str, backend: str, **given: Any) -> Any:
+    with kernelhub.use(backend):
+        return kernelhub.op(op).plan(**given)
+
+
+@needs_keys
+def test_a_plan_prepares_once_for_all_calls_that_are_alike(add_backend: Any) -> None:
+    assert library.fast_binding() is not None
+    made: list[tuple[int, ...]] = []
+    add_backend(Backend("toy", (recording(made),)))
+    run = plan_of(OP, "toy", x=torch.ones(3), bias=torch.ones(3), scale=1.0)
+    for size in (3, 5, 3, 5):
+        for _ in range(2):
+            assert run(torch.ones(size), torch.ones(size)).tolist() == [42.0] * size
+    assert made == [(3,), (5,)]
+    torch.func.vmap(lambda t: t + run(torch.ones(3), torch.ones(3)))(torch.ones(2, 3))
+    assert made == [(3,), (5,), (3,)]
+
+
+def test_a_plan_takes_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, scale = torch.randn(48, 64, generator=g), torch.rand(2, 1, 6, 5, generator=g)
+    x = torch.randn(2, 1, 6, 64, generator=g)
+    mul_add = plan_of(OP, "simt", x=scale, bias=scale, scale=2.0)
+    gemv = plan_of("fused_gemv", "simt", x=x, weight=weight, activation="swiglu")
+    for keys in (True, False):
+        if not keys:
+            monkeypatch.setitem(gemv.__globals__, "_key", dispatch._no_key)
+        for given in (x, x[0], x[0, 0], x[0, 0, 0], x[:0], x[:, :, :3], x[0, 0].clone()):
+            for _ in range(2):
+                expected = kernelhub.op("fused_gemv").reference(given, weight, activation="swiglu")
+                torch.testing.assert_close(gemv(given), expected, rtol=1e-3, atol=1e-3)
+        for given in (scale, scale[0], scale[:0], scale[..., :2]):
+            for _ in range(2):
+                torch.testing.assert_close(mul_add(given, given), given * 3)
+
+
+def test_a_plan_sees_that_its_weight_has_changed() -> None:
+    x, weight = torch.ones(1, 64), torch.nn.Parameter(torch.ones(16, 64))
+    gemv = plan_of("fused_gemv", "simt", x=x, weight=weight.requires_grad_(False))
+    for rows in (16, 8, 24):
+        weight.data = torch.full((rows, 64), float(rows))
+        for _ in range(2):
+            assert gemv(x).tolist() == [[64.0 * rows] * rows]
