@@ -47,7 +47,7 @@ Calls = dict[str, tuple[str, dict[str, Any]]]
 def calls(device: torch.device, tokens: int) -> Calls:
     """From a label to an op and its arguments."""
     make = Maker.on(device, 0)
-    dtype, k, n, experts = torch.bfloat16, 2048, 2048, 8
+    dtype, k, n, experts = torch.bfloat16, 2048, 4096, 8
     x = make.normal(tokens, k, dtype=dtype)
     int4 = {
         "weight": make.codes(n, k // 2),
