@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from operator import methodcaller
 from typing import Any
 
 import attrs
@@ -52,7 +51,10 @@ def maker(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Callable[[T
     shape = tuple(shape)
     if (like.shape, like.stride(), like.dtype) == (shape, contiguous_strides(shape), dtype):
         return torch.empty_like
-    return methodcaller("new_empty", *(shape or ((),)), dtype=dtype)
+    sizes: Any = shape or ((),)
+    if like.dtype is dtype:
+        return lambda like: like.new_empty(*sizes)
+    return lambda like: like.new_empty(*sizes, dtype=dtype)
 
 
 @attrs.frozen
