@@ -229,3 +229,25 @@ def test_a_plan_sees_that_its_weight_has_changed() -> None:
         weight.data = torch.full((rows, 64), float(rows))
         for _ in range(2):
             assert gemv(x).tolist() == [[64.0 * rows] * rows]
+
+
+def test_autograd_is_told_what_a_kernel_wrote_to() -> None:
+    x, weight, q, k = (
+        torch.ones(1, 64),
+        torch.ones(16, 64),
+        torch.ones(1, 2, 32),
+        torch.ones(1, 1, 32),
+    )
+    for out in (torch.empty(1, 16), torch.empty(16, 1).t()):
+        kernelhub.op("fused_gemv").on("simt")(x, weight, out=out)
+        assert out._version == 1
+    out = torch.empty(1, 64)
+    kernelhub.op(OP).on("simt")(x, x, 2.0, out=out)
+    positions, table = torch.zeros(1, dtype=torch.int64), torch.ones(4, 32)
+    rotary = kernelhub.op("rotary_embedding").on("simt")
+    rotary(positions, q, k, 32, table)
+    assert [t._version for t in (out, q, k)] == [1, 1, 1]
+    rotary(positions, q, None, 32, table)
+    assert [t._version for t in (q, k)] == [2, 1]
+    with torch.inference_mode():
+        rotary(positions, q.clone(), None, 32, table)

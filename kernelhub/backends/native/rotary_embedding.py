@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from kernelhub.backend import Implementation
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, written
 from kernelhub.spec import Args
 
 
@@ -29,7 +28,7 @@ def make(launchers: Launchers) -> Implementation:
             launch(
                 positions, query, key, cos_sin_cache, cos_sin_cache_offsets, head_size or 0, is_neox
             )
-            increment_version(query if key is None else (query, key))
+            written((query,) if key is None else (query, key))
 
         return run
 
