@@ -38,6 +38,9 @@ KeyOf = Callable[..., bytes | None]
 and implementations' rules cannot tell apart, whether a gradient may be asked for among them. None
 where it cannot say, and where a transform or an observer of torch's ops must be asked first."""
 
+MakeKey = Callable[[OpSpec, bool], KeyOf]
+"""Makes one for an op. False asks for less: for calls that nobody checks, what `prepare` reads."""
+
 Known = dict[bytes | None, Callable[..., Any]]
 
 _MOST_KNOWN = 4096  # calls of a table; more empty it
@@ -236,22 +239,22 @@ def _no_key(*values: Any) -> None:
     return None
 
 
-_make_key: Callable[[OpSpec], KeyOf] | None = None
+_make_key: MakeKey | None = None
 _tables: weakref.WeakSet[Table | Planned] = weakref.WeakSet()
 
 
-def key_for(spec: OpSpec) -> KeyOf:
+def key_for(spec: OpSpec, checks: bool) -> KeyOf:
     """What tells what calls of an op are like; says nothing where nobody can."""
-    return _make_key(spec) if _make_key else _no_key
+    return _make_key(spec, checks) if _make_key else _no_key
 
 
-def use_keys(make: Callable[[OpSpec], KeyOf]) -> None:
-    """From now on let `make(spec)` tell what calls of an op are like."""
+def use_keys(make: MakeKey) -> None:
+    """From now on let what `make` makes tell what calls of an op are like."""
     global _make_key
     with registry.lock:
         _make_key = make
         for table in list(_tables):
-            table.namespace["_key"] = make(table.spec)
+            table.namespace["_key"] = make(table.spec, table.checks)
 
 
 def _put(known: Known, key: bytes, run: Callable[..., Any]) -> None:
@@ -262,6 +265,8 @@ def _put(known: Known, key: bytes, run: Callable[..., Any]) -> None:
 
 class Planned:
     """What the implementation of a plan has prepared for its calls. Nothing is checked."""
+
+    checks = False
 
     def __init__(self, spec: OpSpec, entry: Entry) -> None:
         self.spec = spec
@@ -282,6 +287,8 @@ class Planned:
 
 class Table:
     """The functions of one op by device, under the thread's policy or under one `op.on` choice."""
+
+    checks = True
 
     def __init__(self, spec: OpSpec, on: policy.Wish | None = None) -> None:
         self.spec = spec

@@ -124,7 +124,7 @@ class Op:
             "_tracing": is_dynamo_compiling,
             "_traced": traced,
             "_known": table.known.get,
-            "_key": key_for(spec),
+            "_key": key_for(spec, table.checks),
             "_unknown": table.checked,
             "_failed": table.failed,
         }
@@ -208,7 +208,7 @@ class Op:
             "_traced": torch_ops.traced(spec, entry.backend.name, _parameters(spec)),
             "_run": entry.run,
             "_known": planned.known.get,
-            "_key": key_for(spec),
+            "_key": key_for(spec, planned.checks),
             "_unknown": planned.prepared,
             **{name: getattr(call, name) for name in fixed},
         }

@@ -239,6 +239,21 @@ def test_a_key_tells_whether_a_gradient_may_be_asked_for() -> None:
     assert key(x, bias, scale, wanted) is None  # to be written
 
 
+@pytest.mark.parametrize("op", abi.OPS)
+def test_a_key_without_checks_tells_what_a_kernel_is_told(op: str) -> None:
+    spec = registry.spec(op)
+    whole, less = key_of(spec), library._key_of(library.fast_binding(), spec, checks=False)
+    for _, first, _ in islice(calls(spec), 0, None, 10):
+        found = whole(*first)
+        assert found is None or found.startswith(less(*first) or b"?")  # overlaps come after
+        with Watch():
+            assert less(*first) is not None
+        for i, value in enumerate(first):
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                other = [*first[:i], value.flatten()[1:], *first[i + 1 :]]
+                assert less(*other) != less(*first)
+
+
 def test_a_gradient_through_the_reference_is_known() -> None:
     op = kernelhub.op("fused_mul_add").on("reference")
     table = table_of("fused_mul_add", "reference")

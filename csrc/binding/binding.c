@@ -251,7 +251,8 @@ static PyTypeObject launcher_type = {
 // From the arguments of a call to bytes that are equal for calls that the checks of an op cannot
 // tell apart: types, dtypes, devices, sizes, strides and numbers, how tensors that are written to
 // lie in memory beside those that they overlap, and whether a gradient may be asked for. None for
-// whatever is unusual, and while anything follows or transforms torch's ops.
+// whatever is unusual, and while anything follows or transforms torch's ops. Without `checks`, for
+// calls that nobody checks, no more than what a kernel is told of them: types to numbers.
 enum { kMostKeyBytes = 2048, kMostDims = 16, kMostText = 64 };
 
 typedef struct {
@@ -263,6 +264,7 @@ typedef struct {
   PyObject* grad_enabled;            // whether grad mode is on
   PyObject* watchers;                // a tuple: where one returns something true, there is no key
   PyObject *forward_ad, *level;      // module and name of its level, -1 where there is none
+  int checks;
   Py_ssize_t num_fields;
   char roles[kMaxFields];  // 'w' is written to
 } Key;
@@ -317,13 +319,18 @@ static int is_quiet(const Key* self) {
   return none;
 }
 
-// 1, or 0 where the tensor is not plain memory. `wants_grad` is set where it requires grad.
-static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_tensor* t,
-                      int* wants_grad) {
+// 1, or 0 where the checks would have more to say of a tensor than a key tells.
+static int is_plain(const Key* self, PyObject* value, char role, int* wants_grad) {
   const int with_grad = requires_grad(self, value);
   if (with_grad != 0 && (with_grad < 0 || role == 'w')) return 0;
   *wants_grad |= with_grad;
-  if (as_bool(PyObject_CallOneArg(self->is_neg, value)) != 0 ||
+  return as_bool(PyObject_CallOneArg(self->is_neg, value)) == 0;
+}
+
+// 1, or 0 where the tensor is not plain memory. `wants_grad` is set where it requires grad.
+static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_tensor* t,
+                      int* wants_grad) {
+  if ((self->checks && !is_plain(self, value, role, wants_grad)) ||
       self->exchange->tensor_from_object(value, t) != 0 || t->ndim > kMostDims)
     return 0;
   put_char(to, 'T');
@@ -379,7 +386,7 @@ static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flag
                  count);
     return NULL;
   }
-  if (!is_quiet(self)) {
+  if (self->checks && !is_quiet(self)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
@@ -407,7 +414,7 @@ static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flag
     }
     if (enabled) put_char(&text, 'G');
   }
-  for (Py_ssize_t i = 0; i < count; ++i) {
+  for (Py_ssize_t i = 0; self->checks && i < count; ++i) {
     if (self->roles[i] != 'w' || begin[i] == end[i]) continue;
     for (Py_ssize_t j = 0; j < count; ++j) {
       if (j == i || begin[j] == end[j] || begin[i] >= end[j] || begin[j] >= end[i]) continue;
@@ -436,14 +443,15 @@ static void key_dealloc(PyObject* object) {
 }
 
 static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
-  static char* names[] = {"roles",        "tensor_type", "parameter_type", "dtype_type",
-                          "grad_enabled", "watchers",    "forward_ad",     NULL};
+  static char* names[] = {"roles",    "tensor_type", "parameter_type", "dtype_type", "grad_enabled",
+                          "watchers", "forward_ad",  "checks",         NULL};
   PyObject *tensor_type, *parameter_type, *dtype_type, *grad_enabled, *watchers, *forward_ad;
   const char* roles;
   Py_ssize_t num_fields;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOOOO!O", names, &roles, &num_fields,
+  int checks;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOOOO!Op", names, &roles, &num_fields,
                                    &tensor_type, &parameter_type, &dtype_type, &grad_enabled,
-                                   &PyTuple_Type, &watchers, &forward_ad))
+                                   &PyTuple_Type, &watchers, &forward_ad, &checks))
     return NULL;
   if (num_fields > kMaxFields) {
     PyErr_SetString(PyExc_ValueError, "too many arguments");
@@ -469,6 +477,7 @@ static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords)
   self->watchers = Py_NewRef(watchers);
   self->forward_ad = Py_NewRef(forward_ad);
   self->level = PyUnicode_InternFromString("_current_level");
+  self->checks = checks;
   self->num_fields = num_fields;
   memcpy(self->roles, roles, num_fields);
   if (self->requires_grad == NULL || self->is_neg == NULL || self->level == NULL) {

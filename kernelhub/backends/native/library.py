@@ -126,7 +126,7 @@ def fast_binding() -> Any:
     if not reasons:
         try:
             binding = _load_binding(build.ensure(platform.BINDING, platform.soabi()))
-            dispatch.use_keys(lambda spec: _key_of(binding, spec))
+            dispatch.use_keys(lambda spec, checks: _key_of(binding, spec, checks))
             return binding
         except (BuildError, ImportError) as error:
             reasons = (str(error),)
@@ -134,7 +134,7 @@ def fast_binding() -> Any:
     return None
 
 
-def _key_of(binding: Any, spec: OpSpec) -> dispatch.KeyOf:
+def _key_of(binding: Any, spec: OpSpec, checks: bool = True) -> dispatch.KeyOf:
     written = spec.mutated
     key: dispatch.KeyOf = binding.Key(
         roles="".join("w" if p.name in written else "r" for p in spec.params),
@@ -144,6 +144,7 @@ def _key_of(binding: Any, spec: OpSpec) -> dispatch.KeyOf:
         grad_enabled=torch.is_grad_enabled,
         watchers=dispatch.WATCHERS,
         forward_ad=forward_ad,
+        checks=checks,
     )
     return key
 
