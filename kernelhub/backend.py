@@ -42,6 +42,10 @@ class Implementation:
         target: `"module:attribute"` of a function with the op's own signature, or the function. Its
             module must import on every machine: vendor packages, compilers and devices belong into
             the backend's `probe` or behind the first call.
+        prepare: instead of a target, what makes one. For the arguments of a call, a function that
+            runs it and all calls like it (of the same types, dtypes, devices, sizes, strides and
+            numbers) and takes every argument by position. What those tell is then worked out once.
+            It keeps no tensor and relies on no address: those differ from call to call.
         variant: tells several implementations of one op in one backend apart.
         device_types: the device types it runs on, where not the backend's.
         requires: modules that must be installed.
@@ -54,7 +58,7 @@ class Implementation:
     """
 
     op: str
-    target: str | Callable[..., Any]
+    target: str | Callable[..., Any] = ""
     variant: str = ""
     device_types: tuple[str, ...] | None = None
     requires: tuple[str, ...] = ()
@@ -62,6 +66,7 @@ class Implementation:
     chain: Callable[[Args], int] | None = None
     traits: Traits = Traits()
     priority: int | None = None
+    prepare: Callable[[Args], Callable[..., Any]] | None = None
 
     @property
     def has_rules(self) -> bool:

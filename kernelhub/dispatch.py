@@ -1,8 +1,9 @@
 """From a call to the implementation that runs it.
 
-Each op keeps one table from device object to the function to run. An entry is made on the first
-call for a device; a change of policy or of backends empties the tables. While any thread is inside
-a `use` block nothing is kept: each call then asks the policy of its own thread.
+Each op keeps one table from device object to the function to run, which takes every argument by
+position. An entry is made on the first call for a device; a change of policy or of backends empties
+the tables. While any thread is inside a `use` block nothing is kept: each call then asks the policy
+of its own thread.
 
 A second table, from what a call is like to the function, saves the checks of calls that are like
 one that has passed them. What a call is like must be found faster than the checks take, so the
@@ -34,7 +35,13 @@ logger = logging.getLogger("kernelhub")
 
 KeyOf = Callable[..., bytes | None]
 """From the arguments of a call, by position, to bytes that are equal for calls that an op's checks
-and implementations' rules cannot tell apart; None where it cannot say."""
+and implementations' rules cannot tell apart, whether a gradient may be asked for among them. None
+where it cannot say, and where a transform or an observer of torch's ops must be asked first."""
+
+MakeKey = Callable[[OpSpec, bool], KeyOf]
+"""Makes one for an op. False asks for less: for calls that nobody checks, what `prepare` reads."""
+
+Known = dict[bytes | None, Callable[..., Any]]
 
 _MOST_KNOWN = 4096  # calls of a table; more empty it
 
@@ -77,7 +84,7 @@ class Ranking:
     def without_rules(self) -> Callable[..., Any] | None:
         """The first candidate's function, where only a derivative can keep it from running."""
         first = self._first
-        return first.function if first and not first.implementation.rejects_some else None
+        return first.run if first and not first.implementation.rejects_some else None
 
     @property
     def _first(self) -> Entry | None:
@@ -134,14 +141,13 @@ def _underivable(tensors: dict[str, Any]) -> list[str]:
     return []
 
 
-def _derivable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _derivable(values: tuple[Any, ...]) -> bool:
     """Whether a derivative of the call may be asked for (a quick yes to whatever is unusual)."""
     if _transformed() or forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
-    given = (*args, *kwargs.values()) if kwargs else args
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in given)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _transformed() -> bool:
@@ -153,6 +159,14 @@ def _observed() -> bool:
     """Whether something follows the call that sees torch ops alone: a dispatch mode (make_fx, a
     FLOP counter) or torch.jit.trace."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+WATCHERS = (
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+)
+"""`_transformed` and `_observed` for who makes keys: one returns something true where either is."""
 
 
 def rank(spec: OpSpec, device: Device, wish: policy.Wish) -> Ranking:
@@ -225,32 +239,62 @@ def _no_key(*values: Any) -> None:
     return None
 
 
-_make_key: Callable[[OpSpec], KeyOf] | None = None
-_tables: weakref.WeakSet[Table] = weakref.WeakSet()
+_make_key: MakeKey | None = None
+_tables: weakref.WeakSet[Table | Planned] = weakref.WeakSet()
 
 
-def key_for(spec: OpSpec) -> KeyOf:
+def key_for(spec: OpSpec, checks: bool) -> KeyOf:
     """What tells what calls of an op are like; says nothing where nobody can."""
-    return _make_key(spec) if _make_key else _no_key
+    return _make_key(spec, checks) if _make_key else _no_key
 
 
-def use_keys(make: Callable[[OpSpec], KeyOf]) -> None:
-    """From now on let `make(spec)` tell what calls of an op are like."""
+def use_keys(make: MakeKey) -> None:
+    """From now on let what `make` makes tell what calls of an op are like."""
     global _make_key
     with registry.lock:
         _make_key = make
         for table in list(_tables):
-            table.namespace["_key"] = make(table.spec)
+            table.namespace["_key"] = make(table.spec, table.checks)
+
+
+def _put(known: Known, key: bytes, run: Callable[..., Any]) -> None:
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[key] = run
+
+
+class Planned:
+    """What the implementation of a plan has prepared for its calls. Nothing is checked."""
+
+    checks = False
+
+    def __init__(self, spec: OpSpec, entry: Entry) -> None:
+        self.spec = spec
+        self.entry = entry
+        self.known: Known = {}
+        self.namespace: dict[str, Any] = {}
+        with registry.lock:
+            _tables.add(self)
+
+    def prepared(self, key: bytes | None, *values: Any) -> Callable[..., Any]:
+        """The function for a call whose key is not known, all arguments by position."""
+        if key is None:
+            return self.entry.run
+        run = self.entry.prepared(self.spec.bind(*values))
+        _put(self.known, key, run)
+        return run
 
 
 class Table:
     """The functions of one op by device, under the thread's policy or under one `op.on` choice."""
 
+    checks = True
+
     def __init__(self, spec: OpSpec, on: policy.Wish | None = None) -> None:
         self.spec = spec
         self.on = on
         self.by_device: dict[Any, Callable[..., Any]] = {}
-        self.known: dict[bytes | None, Callable[..., Any]] = {}
+        self.known: Known = {}
         self.namespace: dict[str, Any] = {}
         with registry.lock:
             _tables.add(self)
@@ -271,7 +315,7 @@ class Table:
             return self._rankings[device, wish]
 
     def checked(self, key: bytes | None, *values: Any) -> Callable[..., Any]:
-        """The function for a call whose key is not known, all arguments by position.
+        """The function for a call whose key is not known; it, too, takes all by position.
 
         Raises `ArgumentError` where the call breaks the contract.
         """
@@ -280,25 +324,26 @@ class Table:
         run = self.by_device.get(device)
         if run is None:
             return self._miss(call, device)
-        if key is not None and not (_observed() or _derivable(values, {})):
+        if key is not None:
             self._keep(key, device, run, call)
         return run
 
     def _keep(self, key: bytes, device: Device, run: Callable[..., Any], call: Args) -> None:
+        ranking = self.ranking(device)
+        entry = ranking.pick(call)
+        if entry is None:
+            return
+        if ranking.depends_on_arguments:
+            if entry.backend.name == registry.REFERENCE:
+                return  # perhaps a fallback, of which more must be said than once
+            if (entry.name, str(device)) not in self._told:
+                return
+        prepared = entry.prepared(call)
         with registry.lock:
-            if self.by_device.get(device) is not run:
+            still = self._rankings.get((device, ranking.wish)) is ranking
+            if not still or self.by_device.get(device) is not run:
                 return  # the policy has changed meanwhile
-            ranking = self.ranking(device)
-            if ranking.depends_on_arguments:
-                entry = ranking.pick(call)
-                if entry is None or entry.backend.name == registry.REFERENCE:
-                    return  # perhaps a fallback, of which more must be said than once
-                if (entry.name, str(device)) not in self._told:
-                    return
-                run = self._chooser(ranking, entry.function, told=True)
-            if len(self.known) >= _MOST_KNOWN:
-                self.known.clear()
-            self.known[key] = run
+            _put(self.known, key, prepared)
 
     def _miss(self, call: Args, device: Any) -> Callable[..., Any]:
         """The function for a call whose device has no entry; keeps it where it may."""
@@ -309,28 +354,27 @@ class Table:
             if ranking.depends_on_arguments:
                 run: Callable[..., Any] = self._chooser(ranking, ranking.without_rules)
             else:
-                run = self.select(ranking, call, stacklevel=6).function
+                run = self.select(ranking, call, stacklevel=6).run
             if self.on is not None or not policy.uses_active():
                 self.by_device[device] = run
         return run
 
-    def _chooser(
-        self, ranking: Ranking, first: Callable[..., Any] | None, told: bool = False
-    ) -> Callable[..., Any]:
+    def _chooser(self, ranking: Ranking, first: Callable[..., Any] | None) -> Callable[..., Any]:
         """Chooses on every call, for implementations whose rules look at the arguments.
 
         `first` is what runs where no derivative may be asked for, once it has been told of.
         """
         bind, select = self.spec.bind, self.select
+        told = False
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*values: Any) -> Any:
             nonlocal told
             if _observed():
-                return self.not_real(*args, **kwargs)
-            if told and first is not None and not _derivable(args, kwargs):
-                return first(*args, **kwargs)
+                return self.not_real(*values)
+            if told and first is not None and not _derivable(values):
+                return first(*values)
             told = True
-            return select(ranking, bind(*args, **kwargs)).function(*args, **kwargs)
+            return select(ranking, bind(*values)).run(*values)
 
         return run
 

@@ -9,32 +9,39 @@ from torch.compiler import is_dynamo_compiling
 
 from kernelhub import compile as torch_ops
 from kernelhub import grammar, plugins, policy, registry
-from kernelhub.dispatch import Table, key_for
+from kernelhub.dispatch import Planned, Table, key_for
 from kernelhub.errors import ArgumentError, PolicyError
 from kernelhub.selection import Selection
 from kernelhub.spec import Args, OpSpec, TensorDesc
 
-_CALL = """\
+_HEAD = """\
 def {name}{signature}:
     if _tracing():
         return _traced({call})
+"""
+
+_FIND = """\
     _like = _key({positional})
     run = _known(_like)
     if run is None:
-        run = _checked(_like, {positional})
+        run = _unknown(_like, {positional})
+"""
+
+_CALL = (
+    _HEAD
+    + _FIND
+    + """\
     try:
-        return run({call})
+        return run({positional})
     except Exception as error:
         _failed(error, {call})
         raise
 """
+)
 
-_PLAN = """\
-def {name}_plan{signature}:
-    if _tracing():
-        return _traced({call})
-    return _run({call})
-"""
+_PLAN = _HEAD + "    return _run({positional})\n"
+
+_PLAN_OF_PREPARED = _HEAD + _FIND + "    return run({positional})\n"
 
 
 def _parameters(spec: OpSpec, without: frozenset[str] = frozenset()) -> str:
@@ -99,8 +106,10 @@ class Op:
             positional=", ".join(spec.signature.parameters),
         )
 
-        def not_real(*args: Any, **kwargs: Any) -> Any:
-            call = spec.bind(*args, **kwargs)
+        traced_by_position = spec.by_position(traced)
+
+        def not_real(*values: Any) -> Any:
+            call = spec.bind(*values)
             if any(isinstance(value, TensorDesc) for value in spec.tensors(call).values()):
                 raise ArgumentError(
                     spec.name,
@@ -108,15 +117,15 @@ class Op:
                     "a tensor (a description can be explained, not run)",
                     getattr(call, spec.device_param),
                 )
-            return traced(*args, **kwargs)  # fake tensors and tensor subclasses
+            return traced_by_position(*values)  # fake tensors and tensor subclasses
 
         table.not_real = not_real
         namespace = {
             "_tracing": is_dynamo_compiling,
             "_traced": traced,
             "_known": table.known.get,
-            "_key": key_for(spec),
-            "_checked": table.checked,
+            "_key": key_for(spec, table.checks),
+            "_unknown": table.checked,
             "_failed": table.failed,
         }
         table.namespace = namespace
@@ -186,21 +195,27 @@ class Op:
         entry = self.table.select(self.table.ranking(spec.device(call)), call, stacklevel=4)
         parameters = spec.signature.parameters
         default = frozenset(n for n in fixed if getattr(call, n) is parameters[n].default)
-        source = _PLAN.format(
-            name=spec.name,
+        template = _PLAN_OF_PREPARED if entry.implementation.prepare else _PLAN
+        source = template.format(
+            name=f"{spec.name}_plan",
             signature=_parameters(spec, without=fixed),
             call=_arguments(spec, left_out=default),
+            positional=", ".join(parameters),
         )
-        namespace = {
+        planned = Planned(spec, entry)
+        namespace = planned.namespace = {
             "_tracing": is_dynamo_compiling,
             "_traced": torch_ops.traced(spec, entry.backend.name, _parameters(spec)),
-            "_run": entry.function,
+            "_run": entry.run,
+            "_known": planned.known.get,
+            "_key": key_for(spec, planned.checks),
+            "_unknown": planned.prepared,
             **{name: getattr(call, name) for name in fixed},
         }
-        planned = torch_ops.compiled_function(source, f"{spec.name}_plan", namespace, spec)
-        planned.__doc__ = f"{spec.name} on {entry.name} with {', '.join(sorted(fixed))} bound."
-        planned.selection = self.table.ranking(spec.device(call)).selection(call)  # type: ignore[attr-defined]
-        return planned
+        run = torch_ops.compiled_function(source, f"{spec.name}_plan", namespace, spec)
+        run.__doc__ = f"{spec.name} on {entry.name} with {', '.join(sorted(fixed))} bound."
+        run.selection = self.table.ranking(spec.device(call)).selection(call)  # type: ignore[attr-defined]
+        return run
 
     def clear(self) -> None:
         """Forget every choice made so far."""

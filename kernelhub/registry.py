@@ -21,7 +21,7 @@ from kernelhub.backend import (
     reasons_of,
 )
 from kernelhub.errors import RegistrationError, UnknownName, nearest
-from kernelhub.spec import Device, OpSpec
+from kernelhub.spec import Args, Device, OpSpec
 
 lock = threading.RLock()
 """Guards the tables here and the dispatch tables that are derived from them."""
@@ -39,12 +39,20 @@ SHIPPED = (REFERENCE, "musa", "cuda", "simt")
 
 @attrs.frozen
 class Entry:
-    """An implementation in the table, with the backend it belongs to."""
+    """An implementation in the table, with the backend it belongs to.
+
+    `run` is its function for any call; it takes every argument by position.
+    """
 
     backend: Backend
     implementation: Implementation
-    function: Callable[..., Any]
+    run: Callable[..., Any]
     priority: int
+
+    def prepared(self, call: Args) -> Callable[..., Any]:
+        """The function for a call and all calls like it, every argument by position."""
+        prepare = self.implementation.prepare
+        return prepare(call) if prepare else self.run
 
     @property
     def name(self) -> str:
@@ -129,7 +137,8 @@ def _reference_entry(spec: OpSpec) -> Entry:
     implementation = Implementation(
         op=spec.name, target=spec.reference, traits=spec.reference_traits
     )
-    return Entry(_backends[REFERENCE], implementation, spec.reference, REFERENCE_PRIORITY)
+    run = spec.by_position(spec.reference)
+    return Entry(_backends[REFERENCE], implementation, run, REFERENCE_PRIORITY)
 
 
 def _check_spec(spec: OpSpec) -> None:
@@ -249,13 +258,23 @@ def _entry(backend: Backend, implementation: Implementation) -> Entry:
     op = implementation.op
     if op not in _specs:
         raise RegistrationError(f"no op named '{op}'; {nearest(op, _specs)}")
-    function = implementation.load()
-    label = f"implementation of '{op}'" + (
+    own = implementation.priority
+    priority = backend.priority if own is None else own
+    return Entry(backend, implementation, _run(_specs[op], implementation), priority)
+
+
+def _run(spec: OpSpec, implementation: Implementation) -> Callable[..., Any]:
+    label = f"implementation of '{spec.name}'" + (
         f" ({implementation.variant})" if implementation.variant else ""
     )
-    _check_signature(_specs[op], function, label)
-    own = implementation.priority
-    return Entry(backend, implementation, function, backend.priority if own is None else own)
+    prepare, bind = implementation.prepare, spec.bind
+    if prepare is None:
+        function = implementation.load()
+        _check_signature(spec, function, label)
+        return spec.by_position(function)
+    if implementation.target or not callable(prepare):
+        raise RegistrationError(f"{label}: it takes a target or a function 'prepare'")
+    return lambda *values: prepare(bind(*values))(*values)
 
 
 def _ties(new: list[Entry]) -> Iterator[str]:

@@ -307,6 +307,16 @@ class OpSpec:
         self.check(args)
         return device
 
+    def by_position(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the op's signature as one that takes every argument by position."""
+        parameters = self.signature.parameters
+        handed_on = (
+            n if p.kind is not p.KEYWORD_ONLY else f"{n}={n}" for n, p in parameters.items()
+        )
+        source = f"lambda {', '.join(parameters)}: _run({', '.join(handed_on)})"
+        made: Callable[..., Any] = eval(source, {"_run": function})
+        return made
+
     def device(self, args: Args) -> Device:
         device: Device = getattr(args, self.device_param).device
         return device

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernelhub
 from kernelhub import ArgumentError, BackendUnavailable, dispatch, function, registry
@@ -159,7 +162,7 @@ def test_a_known_call_is_not_checked(mul_add: Any, monkeypatch: pytest.MonkeyPat
     def unexpected(*values: Any) -> Any:
         raise AssertionError("checked")
 
-    monkeypatch.setitem(table_of("fused_mul_add", "simt").namespace, "_checked", unexpected)
+    monkeypatch.setitem(table_of("fused_mul_add", "simt").namespace, "_unknown", unexpected)
     x, bias, scale = arguments()
     torch.testing.assert_close(mul_add(x, bias, scale), x * scale + bias)
     torch.testing.assert_close(mul_add(x, bias=bias, scale=scale), x * scale + bias)
@@ -193,6 +196,78 @@ def test_a_derivative_is_not_lost_by_a_known_call(mul_add: Any) -> None:
         mul_add(x, bias, scale)
     with pytest.raises(BackendUnavailable, match=r"torch\.func"):
         torch.func.vmap(lambda t: mul_add(t, bias[0], scale))(torch.randn(4, 3, 8))
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_there_is_no_key_where_torch_ops_are_followed_or_transformed() -> None:
+    key, call = key_of(registry.spec("fused_mul_add")), (*arguments(), None)
+    found: dict[str, bytes | None] = {}
+
+    def look(name: str) -> torch.Tensor:
+        found[name] = key(*call)
+        return call[0]
+
+    with Watch():
+        look("dispatch mode")
+    torch.func.vmap(lambda t: t + look("vmap"))(torch.ones(2, 3, 8))
+    torch.func.grad(lambda t: (t * look("grad")).sum())(torch.ones(3, 8))
+    with forward_ad.dual_level():
+        look("forward mode")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out
+        torch.jit.trace(lambda t: t + look("trace"), (torch.ones(3, 8),), check_trace=False)
+    assert found == dict.fromkeys(("dispatch mode", "vmap", "grad", "forward mode", "trace"))
+    assert key(*call) is not None
+
+
+def test_a_key_tells_whether_a_gradient_may_be_asked_for() -> None:
+    key, (x, bias, scale) = key_of(registry.spec("fused_mul_add")), arguments()
+    plain = key(x, bias, scale, None)
+    wanted = bias.requires_grad_()
+    with_grad = key(x, wanted, scale, None)
+    assert plain is not None
+    assert with_grad not in (plain, None)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert key(x, wanted, scale, None) == plain
+    as_parameter = torch.nn.Parameter(wanted.detach())
+    assert key(x, as_parameter, scale, None) == with_grad
+    assert key(x, bias, scale, wanted) is None  # to be written
+
+
+@pytest.mark.parametrize("op", abi.OPS)
+def test_a_key_without_checks_tells_what_a_kernel_is_told(op: str) -> None:
+    spec = registry.spec(op)
+    whole, less = key_of(spec), library._key_of(library.fast_binding(), spec, checks=False)
+    for _, first, _ in islice(calls(spec), 0, None, 10):
+        found = whole(*first)
+        assert found is None or found.startswith(less(*first) or b"?")  # overlaps come after
+        with Watch():
+            assert less(*first) is not None
+        for i, value in enumerate(first):
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                other = [*first[:i], value.flatten()[1:], *first[i + 1 :]]
+                assert less(*other) != less(*first)
+
+
+def test_a_gradient_through_the_reference_is_known() -> None:
+    op = kernelhub.op("fused_mul_add").on("reference")
+    table = table_of("fused_mul_add", "reference")
+    table.clear()
+    x, bias, scale = arguments()
+    for want in (False, True):
+        for _ in range(3):
+            x = x.detach().requires_grad_(want)
+            result = op(x, bias, scale)
+            assert result.requires_grad == want
+    assert len(table.known) == 2
+    result.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3, 8), scale))
 
 
 def test_a_change_of_policy_forgets_known_calls() -> None:

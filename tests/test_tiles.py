@@ -74,16 +74,17 @@ class Recorder(dict[torch.device, Any]):
 def test_the_class_of_a_call_is_the_one_that_its_kernel_looks_up(op: str) -> None:
     """Every tile reaches the launcher through the class that the benchmark names."""
     recorder = Recorder(op)
-    target = importlib.import_module(f"kernelhub.backends.native.{op}").make(recorder).target
+    prepare = importlib.import_module(f"kernelhub.backends.native.{op}").make(recorder).prepare
     seen = set()
     for call in calls(op, [1]):
-        name = tiles.classes_of(op, registry.spec(op).bind(**call))
+        bound = registry.spec(op).bind(**call)
+        name = tiles.classes_of(op, bound)
         seen.add(name.split()[0])
         recorder.given.clear()
         fitting = tiles.tiles_for(name, ARCH)
         for tile in fitting:
             with tiles.override({op: {name: tile}}):
-                target(**call)
+                prepare(bound)(*(getattr(bound, p.name) for p in registry.spec(op).params))
         assert recorder.given == [tiles.OPS[op].index(tile) for tile in fitting]
     assert seen == set(tiles._SCHEMES.values())
 

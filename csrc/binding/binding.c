@@ -249,8 +249,10 @@ static PyTypeObject launcher_type = {
 // ---- what a call is like ---------------------------------------------------------------------
 
 // From the arguments of a call to bytes that are equal for calls that the checks of an op cannot
-// tell apart: types, dtypes, devices, sizes, strides and numbers, and how tensors that are written
-// to lie in memory beside those that they overlap. None for whatever is unusual.
+// tell apart: types, dtypes, devices, sizes, strides and numbers, how tensors that are written to
+// lie in memory beside those that they overlap, and whether a gradient may be asked for. None for
+// whatever is unusual, and while anything follows or transforms torch's ops. Without `checks`, for
+// calls that nobody checks, no more than what a kernel is told of them: types to numbers.
 enum { kMostKeyBytes = 2048, kMostDims = 16, kMostText = 64 };
 
 typedef struct {
@@ -258,7 +260,11 @@ typedef struct {
   const dl_exchange* exchange;
   PyObject* capsule;
   PyObject *tensor_type, *parameter_type, *dtype_type;
-  PyObject *requires_grad, *is_neg;  // names
+  PyObject *requires_grad, *is_neg;  // of the tensor type: a property and a method
+  PyObject* grad_enabled;            // whether grad mode is on
+  PyObject* watchers;                // a tuple: where one returns something true, there is no key
+  PyObject *forward_ad, *level;      // module and name of its level, -1 where there is none
+  int checks;
   Py_ssize_t num_fields;
   char roles[kMaxFields];  // 'w' is written to
 } Key;
@@ -287,19 +293,44 @@ static uintptr_t end_of(const dl_tensor* t, uintptr_t* begin) {
   return *begin + (last + 1) * ((t->dtype.bits * t->dtype.lanes + 7) / 8);
 }
 
-// 1 if `name` of the object, or what its method of that name returns, is false; 0 if it is not.
-static int is_false(PyObject* object, PyObject* name, int is_method) {
-  PyObject* found =
-      is_method ? PyObject_CallMethodNoArgs(object, name) : PyObject_GetAttr(object, name);
-  const int result = found == Py_False;
+// Takes a reference: 1 for True, 0 for False, -1 for anything else, an error among it.
+static int as_bool(PyObject* found) {
+  const int result = found == Py_True ? 1 : found == Py_False ? 0 : -1;
   Py_XDECREF(found);
   return result;
 }
 
-// 1, or 0 where the tensor is not plain memory.
-static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_tensor* t) {
-  if (!is_false(value, self->is_neg, 1) ||
-      (role == 'w' && !is_false(value, self->requires_grad, 0)) ||
+static int requires_grad(const Key* self, PyObject* tensor) {
+  const descrgetfunc get = Py_TYPE(self->requires_grad)->tp_descr_get;
+  return as_bool(get(self->requires_grad, tensor, (PyObject*)Py_TYPE(tensor)));
+}
+
+// 1 where nothing follows or transforms torch's ops, in this thread or, of forward mode, in any.
+static int is_quiet(const Key* self) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(self->watchers); ++i) {
+    PyObject* found = PyObject_CallNoArgs(PyTuple_GET_ITEM(self->watchers, i));
+    const int busy = found == NULL ? -1 : PyObject_IsTrue(found);
+    Py_XDECREF(found);
+    if (busy != 0) return 0;
+  }
+  PyObject* level = PyObject_GetAttr(self->forward_ad, self->level);
+  const int none = level != NULL && PyLong_Check(level) && PyLong_AsLong(level) == -1;
+  Py_XDECREF(level);
+  return none;
+}
+
+// 1, or 0 where the checks would have more to say of a tensor than a key tells.
+static int is_plain(const Key* self, PyObject* value, char role, int* wants_grad) {
+  const int with_grad = requires_grad(self, value);
+  if (with_grad != 0 && (with_grad < 0 || role == 'w')) return 0;
+  *wants_grad |= with_grad;
+  return as_bool(PyObject_CallOneArg(self->is_neg, value)) == 0;
+}
+
+// 1, or 0 where the tensor is not plain memory. `wants_grad` is set where it requires grad.
+static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_tensor* t,
+                      int* wants_grad) {
+  if ((self->checks && !is_plain(self, value, role, wants_grad)) ||
       self->exchange->tensor_from_object(value, t) != 0 || t->ndim > kMostDims)
     return 0;
   put_char(to, 'T');
@@ -355,22 +386,35 @@ static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flag
                  count);
     return NULL;
   }
+  if (self->checks && !is_quiet(self)) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
   Text text;
   text.size = 0;
+  int wants_grad = 0;
   dl_tensor tensors[kMaxFields];
   uintptr_t begin[kMaxFields], end[kMaxFields];
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* type = (PyObject*)Py_TYPE(values[i]);
     const int is_tensor = type == self->tensor_type || type == self->parameter_type;
     begin[i] = end[i] = 0;
-    if (!(is_tensor ? put_tensor(self, values[i], self->roles[i], &text, &tensors[i])
+    if (!(is_tensor ? put_tensor(self, values[i], self->roles[i], &text, &tensors[i], &wants_grad)
                     : put_plain(self, values[i], &text))) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
     if (is_tensor) end[i] = end_of(&tensors[i], &begin[i]);
   }
-  for (Py_ssize_t i = 0; i < count; ++i) {
+  if (wants_grad) {
+    const int enabled = as_bool(PyObject_CallNoArgs(self->grad_enabled));
+    if (enabled < 0) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    if (enabled) put_char(&text, 'G');
+  }
+  for (Py_ssize_t i = 0; self->checks && i < count; ++i) {
     if (self->roles[i] != 'w' || begin[i] == end[i]) continue;
     for (Py_ssize_t j = 0; j < count; ++j) {
       if (j == i || begin[j] == end[j] || begin[i] >= end[j] || begin[j] >= end[i]) continue;
@@ -383,13 +427,31 @@ static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flag
   return PyBytes_FromStringAndSize(text.bytes, text.size);
 }
 
+static void key_dealloc(PyObject* object) {
+  Key* self = (Key*)object;
+  Py_XDECREF(self->capsule);
+  Py_XDECREF(self->tensor_type);
+  Py_XDECREF(self->parameter_type);
+  Py_XDECREF(self->dtype_type);
+  Py_XDECREF(self->requires_grad);
+  Py_XDECREF(self->is_neg);
+  Py_XDECREF(self->grad_enabled);
+  Py_XDECREF(self->watchers);
+  Py_XDECREF(self->forward_ad);
+  Py_XDECREF(self->level);
+  Py_TYPE(object)->tp_free(object);
+}
+
 static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
-  static char* names[] = {"roles", "tensor_type", "parameter_type", "dtype_type", NULL};
-  PyObject *tensor_type, *parameter_type, *dtype_type;
+  static char* names[] = {"roles",    "tensor_type", "parameter_type", "dtype_type", "grad_enabled",
+                          "watchers", "forward_ad",  "checks",         NULL};
+  PyObject *tensor_type, *parameter_type, *dtype_type, *grad_enabled, *watchers, *forward_ad;
   const char* roles;
   Py_ssize_t num_fields;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOO", names, &roles, &num_fields,
-                                   &tensor_type, &parameter_type, &dtype_type))
+  int checks;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOOOO!Op", names, &roles, &num_fields,
+                                   &tensor_type, &parameter_type, &dtype_type, &grad_enabled,
+                                   &PyTuple_Type, &watchers, &forward_ad, &checks))
     return NULL;
   if (num_fields > kMaxFields) {
     PyErr_SetString(PyExc_ValueError, "too many arguments");
@@ -409,23 +471,25 @@ static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords)
   self->tensor_type = Py_NewRef(tensor_type);
   self->parameter_type = Py_NewRef(parameter_type);
   self->dtype_type = Py_NewRef(dtype_type);
-  self->requires_grad = PyUnicode_InternFromString("requires_grad");
-  self->is_neg = PyUnicode_InternFromString("is_neg");
+  self->requires_grad = PyObject_GetAttrString(tensor_type, "requires_grad");
+  self->is_neg = PyObject_GetAttrString(tensor_type, "is_neg");
+  self->grad_enabled = Py_NewRef(grad_enabled);
+  self->watchers = Py_NewRef(watchers);
+  self->forward_ad = Py_NewRef(forward_ad);
+  self->level = PyUnicode_InternFromString("_current_level");
+  self->checks = checks;
   self->num_fields = num_fields;
   memcpy(self->roles, roles, num_fields);
-  if (self->requires_grad == NULL || self->is_neg == NULL) Py_CLEAR(self);
+  if (self->requires_grad == NULL || self->is_neg == NULL || self->level == NULL) {
+    Py_DECREF(self);
+    return NULL;
+  }
+  if (Py_TYPE(self->requires_grad)->tp_descr_get == NULL) {
+    PyErr_SetString(PyExc_RuntimeError, "requires_grad of this torch is no property");
+    Py_DECREF(self);
+    return NULL;
+  }
   return (PyObject*)self;
-}
-
-static void key_dealloc(PyObject* object) {
-  Key* self = (Key*)object;
-  Py_XDECREF(self->capsule);
-  Py_XDECREF(self->tensor_type);
-  Py_XDECREF(self->parameter_type);
-  Py_XDECREF(self->dtype_type);
-  Py_XDECREF(self->requires_grad);
-  Py_XDECREF(self->is_neg);
-  Py_TYPE(object)->tp_free(object);
 }
 
 static PyTypeObject key_type = {

@@ -50,16 +50,15 @@ def scheme(a: Args) -> Scheme:
 
 
 def group_size(a: Args) -> int:
-    """Length along K that shares one scale."""
-    return group_size_of(a.weight, a.weight_scale, a.group_size, a.x.shape[-1])
+    """Length along K that shares one scale.
 
-
-def group_size_of(weight: Any, scale: Any, given: int | None, k: int) -> int:
-    """What was given, else 128 for fp8 blocks and `K / weight_scale.shape[-1]` for int4."""
-    if given is not None:
-        return int(given)
-    if weight.dtype in PACKED and k > 0:
-        return int(k // scale.shape[-1])
+    What was given, else 128 for fp8 blocks and `K / weight_scale.shape[-1]` for int4.
+    """
+    if a.group_size is not None:
+        return int(a.group_size)
+    k = a.x.shape[-1]
+    if a.weight.dtype in PACKED and k > 0:
+        return int(k // a.weight_scale.shape[-1])
     return 128
 
 
@@ -69,12 +68,8 @@ def num_groups(k: int, group: int) -> int:
 
 
 def result_dtype(a: Args) -> torch.dtype:
-    return result_dtype_of(a.x.dtype, a.out_dtype)
-
-
-def result_dtype_of(x_dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
     """`out_dtype`, else x's; bf16 for fp8 x."""
-    dtype = x_dtype if out_dtype is None else out_dtype
+    dtype: torch.dtype = a.x.dtype if a.out_dtype is None else a.out_dtype
     return torch.bfloat16 if dtype is FP8 else dtype
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import methodcaller
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from kernelhub.backends.native import tiles
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, written
 from kernelhub.contracts import _weights
 from kernelhub.spec import Args
 
@@ -36,38 +35,32 @@ def chain(a: Args) -> int:
     return min(k, k // 4 + 32)
 
 
-def tile(launchers: Launchers, op: str, x: Tensor, weight: Tensor, k: int) -> int:
-    arch, scheme = launchers.arch(x.device), tiles.scheme(weight.dtype)
-    return tiles.choose(op, arch, scheme, weight.shape[-2], k)
+def tile(launchers: Launchers, op: str, a: Args) -> int:
+    arch, scheme = launchers.arch(a.x.device), tiles.scheme(a.weight.dtype)
+    return tiles.choose(op, arch, scheme, a.weight.shape[-2], a.x.shape[-1])
 
 
-def result_for(
-    x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, out: Tensor | None
-) -> Tensor:
-    """What the kernel writes: `out` in this shape where that can be, else a new tensor."""
-    if out is not None and out.is_contiguous():
-        return out.view(shape)
-    return torch.empty(shape, dtype=_weights.result_dtype_of(x.dtype, dtype), device=x.device)
-
-
-def group_size(weight: Tensor, scale: Tensor | None, given: int | None, k: int) -> int:
+def group_size(a: Args) -> int:
     """What the kernel is to take for g; 0 for dense weights."""
-    return 0 if scale is None else _weights.group_size_of(weight, scale, given, k)
+    return 0 if a.weight_scale is None else _weights.group_size(a)
 
 
-def scale_of_rows(scale: Tensor | None, rows: int) -> Tensor | None:
-    """x_scale with the leading dimensions of x as one; `[1]` is one scale for all."""
-    if scale is None or tuple(scale.shape) == (1,):
-        return scale
-    return scale.reshape(rows, scale.shape[-1])
+def rows_of_scale(scale: Tensor | None, rows: int) -> Callable[[Tensor | None], Tensor] | None:
+    """What makes one dimension of x_scale's leading ones; None where it may stay as it is.
+
+    `[1]` is one scale for all.
+    """
+    if scale is None or scale.shape == (1,) or scale.dim() == 2:
+        return None
+    return methodcaller("reshape", rows, scale.shape[-1])
 
 
 def delivered(result: Tensor, out: Tensor | None) -> Tensor:
     """The result, in `out` where the caller gave one."""
     if out is None:
         return result
-    if out.data_ptr() == result.data_ptr():
-        increment_version(out)
+    if out is result:
+        written((out,))
     else:
         out.copy_(result)
     return out

@@ -3,55 +3,67 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernelhub.backend import Implementation
 from kernelhub.backends.native import _gemv
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, maker
+from kernelhub.contracts import _weights
+from kernelhub.spec import Args
 
 
 def make(launchers: Launchers) -> Implementation:
-    def fused_gemv(
-        x: Tensor,
-        weight: Tensor,
-        x_scale: Tensor | None = None,
-        weight_scale: Tensor | None = None,
-        *,
-        weight_zero: Tensor | None = None,
-        group_size: int | None = None,
-        bias: Tensor | None = None,
-        activation: Literal["swiglu", "silu", "gelu", "gelu_tanh"] | None = None,
-        norm_weight: Tensor | None = None,
-        eps: float = 1e-6,
-        out_dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        *lead, k = x.shape
-        m, n = math.prod(lead), weight.shape[0]
-        outputs = n // 2 if activation == "swiglu" else n
-        result = _gemv.result_for(x, (m, outputs), out_dtype, out)
-        workspace = None
-        if norm_weight is not None:
-            workspace = torch.empty(m, n, dtype=torch.float32, device=x.device)
-        if m > 0 and outputs > 0:
-            launchers[x.device](
-                x.reshape(m, k),
+    def prepare(a: Args) -> Callable[..., Tensor]:
+        launch = launchers[a.x.device]
+        *lead, k = a.x.shape
+        m, n = math.prod(lead), a.weight.shape[0]
+        outputs = _weights.result_width(a)
+        matrix = len(lead) == 1
+        nothing = m == 0 or outputs == 0
+        to_rows = _gemv.rows_of_scale(a.x_scale, m)
+        group_size, activation = _gemv.group_size(a), _gemv.ACTIVATIONS[a.activation]
+        tile = _gemv.tile(launchers, "fused_gemv", a)
+        empty = maker(a.x, (*lead, outputs), _weights.result_dtype(a))
+        in_place = a.out is not None and a.out.is_contiguous()
+        workspace_for = maker(a.x, (m, n), torch.float32) if a.norm_weight is not None else None
+
+        def run(
+            x: Tensor,
+            weight: Tensor,
+            x_scale: Tensor | None,
+            weight_scale: Tensor | None,
+            weight_zero: Tensor | None,
+            _group_size: int | None,
+            bias: Tensor | None,
+            _activation: str | None,
+            norm_weight: Tensor | None,
+            eps: float,
+            _out_dtype: torch.dtype | None,
+            out: Tensor | None,
+        ) -> Tensor:
+            result = out if out is not None and in_place else empty(x)
+            if nothing:
+                return _gemv.delivered(result, out)
+            launch(
+                x if matrix else x.reshape(m, k),
                 weight,
-                _gemv.scale_of_rows(x_scale, m),
+                to_rows(x_scale) if to_rows else x_scale,
                 weight_scale,
                 weight_zero,
                 bias,
                 norm_weight,
-                result,
-                workspace,
-                _gemv.group_size(weight, weight_scale, group_size, k),
-                _gemv.ACTIVATIONS[activation],
-                _gemv.tile(launchers, "fused_gemv", x, weight, k),
+                result if matrix else result.view(m, outputs),
+                workspace_for(x) if workspace_for else None,
+                group_size,
+                activation,
+                tile,
                 eps,
             )
-        return _gemv.delivered(result.view(*lead, outputs), out)
+            return result if out is None else _gemv.delivered(result, out)
 
-    return Implementation("fused_gemv", fused_gemv, rejects=_gemv.rejects, chain=_gemv.chain)
+        return run
+
+    return Implementation("fused_gemv", prepare=prepare, rejects=_gemv.rejects, chain=_gemv.chain)

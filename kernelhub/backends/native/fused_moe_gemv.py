@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernelhub.backend import Implementation
 from kernelhub.backends.native import _gemv
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, maker
+from kernelhub.contracts import _weights
+from kernelhub.spec import Args
 
 
 def make(launchers: Launchers) -> Implementation:
-    def fused_moe_gemv(
-        x: Tensor,
-        weight: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor | None = None,
-        x_scale: Tensor | None = None,
-        weight_scale: Tensor | None = None,
-        *,
-        weight_zero: Tensor | None = None,
-        group_size: int | None = None,
-        activation: Literal["swiglu", "silu", "gelu", "gelu_tanh"] | None = None,
-        reduce: bool = False,
-        out_dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        tokens, slots = topk_ids.shape
-        k, n = x.shape[-1], weight.shape[1]
-        outputs = n // 2 if activation == "swiglu" else n
-        shape = (tokens, outputs) if reduce else (tokens, slots, outputs)
-        result = _gemv.result_for(x, shape, out_dtype, out)
-        workspace = None
-        if reduce:
-            workspace = torch.empty(tokens, slots, outputs, dtype=torch.float32, device=x.device)
-        per_slot = x.dim() == 3
+    def prepare(a: Args) -> Callable[..., Tensor]:
+        launch = launchers[a.x.device]
+        tokens, slots = a.topk_ids.shape
+        k, outputs = a.x.shape[-1], _weights.result_width(a)
+        per_slot = a.x.dim() == 3
         rows = tokens * slots if per_slot else tokens
-        if result.numel() > 0:
-            launchers[x.device](
-                x.reshape(rows, k),
+        shape = (tokens, outputs) if a.reduce else (tokens, slots, outputs)
+        nothing = 0 in shape
+        to_rows = _gemv.rows_of_scale(a.x_scale, rows)
+        group_size, activation = _gemv.group_size(a), _gemv.ACTIVATIONS[a.activation]
+        tile = _gemv.tile(launchers, "fused_moe_gemv", a)
+        empty = maker(a.x, shape, _weights.result_dtype(a))
+        in_place = a.out is not None and a.out.is_contiguous()
+        workspace_for = maker(a.x, (tokens, slots, outputs), torch.float32) if a.reduce else None
+
+        def run(
+            x: Tensor,
+            weight: Tensor,
+            topk_ids: Tensor,
+            topk_weights: Tensor | None,
+            x_scale: Tensor | None,
+            weight_scale: Tensor | None,
+            weight_zero: Tensor | None,
+            _group_size: int | None,
+            _activation: str | None,
+            reduce: bool,
+            _out_dtype: torch.dtype | None,
+            out: Tensor | None,
+        ) -> Tensor:
+            result = out if out is not None and in_place else empty(x)
+            if nothing:
+                return _gemv.delivered(result, out)
+            launch(
+                x.reshape(rows, k) if per_slot else x,
                 weight,
                 topk_ids,
                 topk_weights,
-                _gemv.scale_of_rows(x_scale, rows),
+                to_rows(x_scale) if to_rows else x_scale,
                 weight_scale,
                 weight_zero,
                 result,
-                workspace,
-                _gemv.group_size(weight, weight_scale, group_size, k),
-                _gemv.ACTIVATIONS[activation],
+                workspace_for(x) if workspace_for else None,
+                group_size,
+                activation,
                 per_slot,
                 reduce,
-                _gemv.tile(launchers, "fused_moe_gemv", x, weight, k),
+                tile,
             )
-        return _gemv.delivered(result, out)
+            return result if out is None else _gemv.delivered(result, out)
+
+        return run
 
     return Implementation(
-        "fused_moe_gemv", fused_moe_gemv, rejects=_gemv.rejects, chain=_gemv.chain
+        "fused_moe_gemv", prepare=prepare, rejects=_gemv.rejects, chain=_gemv.chain
     )

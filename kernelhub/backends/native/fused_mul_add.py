@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from kernelhub.backend import Implementation
 from kernelhub.backends.native.abi import MAX_DIMS
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, maker, written
+from kernelhub.spec import Args
 
 
 def make(launchers: Launchers) -> Implementation:
-    def fused_mul_add(
-        x: Tensor, bias: Tensor, scale: float | Tensor, *, out: Tensor | None = None
-    ) -> Tensor:
-        per_element = scale if isinstance(scale, Tensor) else None
-        value = 0.0 if per_element is not None else scale
-        given = out
-        if out is None:
-            shape = x.shape
-            if per_element is not None:
-                shape = torch.broadcast_shapes(shape, bias.shape, per_element.shape)
-            elif bias.shape != shape:
-                shape = torch.broadcast_shapes(shape, bias.shape)
-            out = x.new_empty(shape)
-        if out.dim() > MAX_DIMS:
-            return _in_one_dim(x, bias, scale, out)
-        launchers[x.device](x, bias, per_element, out, value)
-        if given is not None:
-            increment_version(given)
-        return out
+    def prepare(a: Args) -> Callable[..., Tensor]:
+        launch = launchers[a.x.device]
+        per_element = isinstance(a.scale, Tensor)
+        shapes = {a.x.shape, a.bias.shape, *([a.scale.shape] if per_element else [])}
+        shape = torch.broadcast_shapes(*shapes) if len(shapes) > 1 else a.x.shape
+        one_dim = len(shape) > MAX_DIMS
+        empty = maker(a.x, [math.prod(shape)] if one_dim else shape, a.x.dtype)
 
-    def _in_one_dim(x: Tensor, bias: Tensor, scale: float | Tensor, out: Tensor) -> Tensor:
-        """For more dimensions than the kernel takes: through contiguous copies."""
-        shape = out.shape
-        x, bias = x.expand(shape).reshape(-1), bias.expand(shape).reshape(-1)
-        if isinstance(scale, Tensor):
-            scale = scale.expand(shape).reshape(-1)
-        return out.copy_(fused_mul_add(x, bias, scale).view(shape))
+        def run(x: Tensor, bias: Tensor, scale: float | Tensor, out: Tensor | None) -> Tensor:
+            result = empty(x) if out is None else out
+            if per_element:
+                launch(x, bias, scale, result, 0.0)
+            else:
+                launch(x, bias, None, result, scale)
+            if out is not None:
+                written((out,))
+            return result
 
-    return Implementation("fused_mul_add", fused_mul_add)
+        def flat(value: Any) -> Any:
+            return value.expand(shape).reshape(-1) if isinstance(value, Tensor) else value
+
+        def run_in_one_dim(
+            x: Tensor, bias: Tensor, scale: float | Tensor, out: Tensor | None
+        ) -> Tensor:
+            """For more dimensions than the kernel takes: through contiguous copies."""
+            result = run(flat(x), flat(bias), flat(scale), None).view(shape)
+            return result if out is None else out.copy_(result)
+
+        return run_in_one_dim if one_dim else run
+
+    return Implementation("fused_mul_add", prepare=prepare)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
 import torch
+from torch import Tensor
 
 from kernelhub.backend import Implementation
 from kernelhub.backends.native import abi, build
 from kernelhub.backends.native.library import Launcher, Library, StreamOf
 from kernelhub.backends.native.platform import Platform
+from kernelhub.spec import contiguous_strides
 
 _lock = threading.Lock()
+
+written: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
+"""Tells autograd that tensors were written to: what `torch.autograd.graph.increment_version` calls,
+without its search for the kind of argument."""
 
 
 def _leave_alone(library: Library) -> None:
@@ -42,6 +48,17 @@ class Launchers(dict[torch.device, Launcher]):
         if device not in self._archs:
             self._archs[device] = self._kernels.arch_of(device)
         return self._archs[device]
+
+
+def maker(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What makes new contiguous tensors, on the device of the tensor it is given, a `like`."""
+    shape = tuple(shape)
+    if (like.shape, like.stride(), like.dtype) == (shape, contiguous_strides(shape), dtype):
+        return torch.empty_like
+    sizes: Any = shape or ((),)
+    if like.dtype is dtype:
+        return lambda like: like.new_empty(*sizes)
+    return lambda like: like.new_empty(*sizes, dtype=dtype)
 
 
 @attrs.frozen

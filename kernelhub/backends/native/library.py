@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kernelhub import dispatch
 from kernelhub.backends.native import abi, build, platform
@@ -125,7 +126,7 @@ def fast_binding() -> Any:
     if not reasons:
         try:
             binding = _load_binding(build.ensure(platform.BINDING, platform.soabi()))
-            dispatch.use_keys(lambda spec: _key_of(binding, spec))
+            dispatch.use_keys(lambda spec, checks: _key_of(binding, spec, checks))
             return binding
         except (BuildError, ImportError) as error:
             reasons = (str(error),)
@@ -133,13 +134,17 @@ def fast_binding() -> Any:
     return None
 
 
-def _key_of(binding: Any, spec: OpSpec) -> dispatch.KeyOf:
+def _key_of(binding: Any, spec: OpSpec, checks: bool = True) -> dispatch.KeyOf:
     written = spec.mutated
     key: dispatch.KeyOf = binding.Key(
         roles="".join("w" if p.name in written else "r" for p in spec.params),
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         dtype_type=torch.dtype,
+        grad_enabled=torch.is_grad_enabled,
+        watchers=dispatch.WATCHERS,
+        forward_ad=forward_ad,
+        checks=checks,
     )
     return key
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from kernelhub.backend import Implementation
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, written
+from kernelhub.spec import Args
 
 
 def make(launchers: Launchers) -> Implementation:
-    def rotary_embedding(
-        positions: Tensor,
-        query: Tensor,
-        key: Tensor | None,
-        head_size: int | None,
-        cos_sin_cache: Tensor,
-        is_neox: bool = True,
-        *,
-        rot_dim: int | None = None,
-        cos_sin_cache_offsets: Tensor | None = None,
-    ) -> None:
-        launchers[query.device](
-            positions, query, key, cos_sin_cache, cos_sin_cache_offsets, head_size or 0, is_neox
-        )
-        increment_version(query if key is None else (query, key))
+    def prepare(a: Args) -> Callable[..., None]:
+        launch = launchers[a.query.device]
 
-    return Implementation("rotary_embedding", rotary_embedding)
+        def run(
+            positions: Tensor,
+            query: Tensor,
+            key: Tensor | None,
+            head_size: int | None,
+            cos_sin_cache: Tensor,
+            is_neox: bool,
+            rot_dim: int | None,
+            cos_sin_cache_offsets: Tensor | None,
+        ) -> None:
+            launch(
+                positions, query, key, cos_sin_cache, cos_sin_cache_offsets, head_size or 0, is_neox
+            )
+            written((query,) if key is None else (query, key))
+
+        return run
+
+    return Implementation("rotary_embedding", prepare=prepare)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kernelhub import registry
 from kernelhub.contracts._weights import FP8, PACKED
 from kernelhub.errors import PolicyError, nearest
 from kernelhub.spec import Args
@@ -226,11 +227,18 @@ def _is_class(name: str) -> bool:
 
 @contextmanager
 def override(table: Table) -> Iterator[None]:
-    """Puts a table before all others in this process, for tuning."""
+    """Puts a table before all others in this process, for tuning. Does not reach plans."""
     _overrides.append(checked(table, "override"))
-    choose.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _overrides.pop()
-        choose.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Drop every tile chosen so far, those in prepared calls too."""
+    choose.cache_clear()
+    with registry.lock:
+        registry.notify()

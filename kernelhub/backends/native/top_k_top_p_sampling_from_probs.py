@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernelhub.backend import Implementation
-from kernelhub.backends.native.kernels import Launchers
+from kernelhub.backends.native.kernels import Launchers, maker
+from kernelhub.spec import Args
 
 MOST_BLOCKS = 32
 """That can share a row: `kMaxBlocks` of the kernel."""
@@ -30,50 +31,63 @@ def blocks_a_row(batch_size: int, vocab_size: int) -> int:
 
 
 def make(launchers: Launchers) -> Implementation:
-    def top_k_top_p_sampling_from_probs(
-        probs: Tensor,
-        top_k: int | Tensor,
-        top_p: float | Tensor,
-        *,
-        min_p: float | Tensor | None = None,
-        indices: Tensor | None = None,
-        filter_apply_order: Literal["top_k_first", "joint"] = "top_k_first",
-        deterministic: bool = True,
-        generator: torch.Generator | None = None,
-        seed: int | Tensor | None = None,
-        offset: int | Tensor | None = None,
-        return_valid: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        device = probs.device
-        num_rows, vocab_size = probs.shape
-        batch_size = num_rows if indices is None else indices.shape[0]
-        if seed is None and num_rows and batch_size:
-            seed = torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
-        tokens = torch.empty(batch_size, dtype=torch.int32, device=device)
-        valid = torch.empty(batch_size, dtype=torch.bool, device=device) if return_valid else None
+    def prepare(a: Args) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+        launch = launchers[a.probs.device]
+        num_rows, vocab_size = a.probs.shape
+        batch_size = num_rows if a.indices is None else a.indices.shape[0]
+        k_tensor, p_tensor, min_p_tensor, seed_tensor, offset_tensor = (
+            isinstance(value, Tensor) for value in (a.top_k, a.top_p, a.min_p, a.seed, a.offset)
+        )
+        drawn = None
+        if a.seed is None and num_rows and batch_size:
+            drawn, seed_tensor = maker(a.probs, (1,), torch.int64), True
+        joint = a.filter_apply_order == "joint"
         blocks = blocks_a_row(batch_size, vocab_size)
-        workspace = None
+        tokens_for = maker(a.probs, (batch_size,), torch.int32)
+        valid_for = maker(a.probs, (batch_size,), torch.bool) if a.return_valid else None
+        workspace_for = None
         if blocks > 1:
             size = batch_size * blocks * WORKSPACE_BYTES
-            workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        launchers[device](
-            probs,
-            *map(_if_tensor, (top_k, top_p, min_p, indices, seed, offset)),
-            tokens,
-            valid,
-            workspace,
-            *map(_if_number, (top_k, top_p, min_p, seed, offset)),
-            filter_apply_order == "joint",
-            blocks,
-        )
-        return tokens if valid is None else (tokens, valid)
+            workspace_for = maker(a.probs, (size,), torch.uint8)
 
-    return Implementation("top_k_top_p_sampling_from_probs", top_k_top_p_sampling_from_probs)
+        def run(
+            probs: Tensor,
+            top_k: int | Tensor,
+            top_p: float | Tensor,
+            min_p: float | Tensor | None,
+            indices: Tensor | None,
+            _filter_apply_order: str,
+            _deterministic: bool,
+            generator: torch.Generator | None,
+            seed: int | Tensor | None,
+            offset: int | Tensor | None,
+            _return_valid: bool,
+        ) -> Tensor | tuple[Tensor, Tensor]:
+            if drawn:
+                seed = drawn(probs).random_(generator=generator)
+            tokens = tokens_for(probs)
+            valid = valid_for(probs) if valid_for else None
+            launch(
+                probs,
+                top_k if k_tensor else None,
+                top_p if p_tensor else None,
+                min_p if min_p_tensor else None,
+                indices,
+                seed if seed_tensor else None,
+                offset if offset_tensor else None,
+                tokens,
+                valid,
+                workspace_for(probs) if workspace_for else None,
+                0 if k_tensor else top_k,
+                0 if p_tensor else top_p,
+                0 if min_p_tensor or min_p is None else min_p,
+                0 if seed_tensor or seed is None else seed,
+                0 if offset_tensor or offset is None else offset,
+                joint,
+                blocks,
+            )
+            return tokens if valid is None else (tokens, valid)
 
+        return run
 
-def _if_tensor(value: float | Tensor | None) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
-
-
-def _if_number(value: float | Tensor | None) -> float:
-    return 0 if value is None or isinstance(value, Tensor) else value
+    return Implementation("top_k_top_p_sampling_from_probs", prepare=prepare)
