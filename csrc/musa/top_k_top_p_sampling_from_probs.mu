@@ -263,13 +263,43 @@ struct Aim {
 
 constexpr int kSums = 3;  // that a block makes at once
 
+constexpr int kFew = 256;   // entries that are compared all with all
+constexpr int kShares = 2;  // of such a comparison, where a warp takes 32 entries
+static_assert(kFew * kShares == kThreads, "a thread has an entry and a share");
+
+constexpr int kMarks = 3;  // of the bracket: its lower end, the upper ones for top-k and top-p
+
+// A bin, and how many of the elements looked at are below it.
+struct Edge {
+  int bin;
+  float below;
+};
+
+// Entries, and what comparing them brings, share by share.
+struct alignas(16) Few {
+  unsigned bits[kFew];
+  int index[kFew];
+  uint64_t mass[kFew];
+  unsigned count[kShares][kFew];  // of entries that are not less
+  uint64_t sum[kShares][kFew];    // of their masses; then of those that come before in the row
+};
+
+// A histogram of values with their masses.
+struct Exact {
+  unsigned count[kExactBins];
+  unsigned limbs[kLimbs][kExactBins];
+};
+
 struct Shared {
   union {  // one after the other
     unsigned bins[kBins];
     Entry list[kCapacity];
   };
-  unsigned count[kExactBins];
-  unsigned limbs[kLimbs][kExactBins];
+  union {  // one after the other
+    Exact exact;
+    Few group;
+    float below[kSums][kThreads];  // each thread's bins
+  };
   union {
     uint64_t words[kSums][kWarps];
     float floats[kSums][kWarps];
@@ -281,8 +311,9 @@ struct Shared {
   uint64_t random;
   Aim aim;
   Mark mark;
-  unsigned few[kLanes];
-  int low_bin, rank_bin, mass_bin;
+  int turn[kMarks];  // the threads in whose bins the marks lie
+  Edge edge[kMarks];
+  int by_count, by_mass;  // thresholds, as bits
   unsigned listed, few_listed;
   bool marked;
 };
@@ -460,6 +491,16 @@ __device__ __forceinline__ int sample_size(const Rules& r, int vocab_size) {
 constexpr int kWholeSupport = 600;  // up to so many elements the list has all that is kept
 constexpr int kListable = kCapacity - kCapacity / 16;  // the guess of a length can be short
 
+// A bin's part of the sums of counts, of values and of their squares.
+template <class T>
+__device__ __forceinline__ void add_bin(float (&sums)[kSums], int bin, unsigned count) {
+  const float value = __uint_as_float(bin_floor(bin) + kBinMiddle<T>);
+  const float all = static_cast<float>(count) * value;
+  sums[0] += static_cast<float>(count);
+  sums[1] += all;
+  sums[2] += all * value;
+}
+
 // Where the threshold most likely lies, from evenly spaced elements of the row. `mass` is what the
 // row's probabilities are thought to sum to.
 template <class T>
@@ -474,21 +515,26 @@ __device__ __forceinline__ Plan bracket(const Row<T>& row, const Rules& r, float
   const int wanted = sample_size(r, row.size) / (kTogether * kPack);
   const int apart = (groups + wanted - 1) / wanted;
   const int taken = groups / apart * kTogether;
-  for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
-  if (threadIdx.x == 0) {
-    s.low_bin = 0;
-    s.rank_bin = r.has_k() ? kBins : 0;
-    s.mass_bin = r.needs_total() ? kBins : 0;
-  }
-  __syncthreads();
-  for (int first = threadIdx.x; first < taken; first += kThreads * kAhead) {
-    typename Row<T>::Values values[kAhead];
+  typename Row<T>::Values values[kAhead];
+  const auto read = [&](int first) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int at = first + k * kThreads;
       values[k] = at < taken ? row.read(at / kTogether * apart * kTogether + at % kTogether)
                              : typename Row<T>::Values{};
     }
+  };
+  read(threadIdx.x);
+  for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
+  if (threadIdx.x < kMarks) {
+    const int m = static_cast<int>(threadIdx.x);
+    const bool counts = m == 1 ? r.has_k() : m == 2 && r.needs_total();
+    s.turn[m] = m == 0 ? -1 : kThreads;
+    s.edge[m] = {counts ? kBins : 0, static_cast<float>(taken * kPack)};
+  }
+  __syncthreads();
+  for (int first = threadIdx.x; first < taken; first += kThreads * kAhead) {
+    if (first >= kThreads * kAhead) read(first);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
 #pragma unroll
@@ -502,71 +548,83 @@ __device__ __forceinline__ Plan bracket(const Row<T>& row, const Rules& r, float
 
   // Running sums from the least value up: of counts, of values and of their squares.
   const int first_bin = static_cast<int>(threadIdx.x) * kBinsAThread;
-  float below[3] = {}, all[3];
-  for (int i = 0; i < kBinsAThread; ++i) {
-    const float count = static_cast<float>(s.bins[first_bin + i]);
-    const float value = __uint_as_float(bin_floor(first_bin + i) + kBinMiddle<T>);
-    below[0] += count;
-    below[1] += count * value;
-    below[2] += count * value * value;
-  }
+  float below[kSums] = {}, all[kSums], own[kSums] = {};
+#pragma unroll
+  for (int i = 0; i < kBinsAThread; ++i) add_bin<T>(own, first_bin + i, s.bins[first_bin + i]);
+#pragma unroll
+  for (int n = 0; n < kSums; ++n) below[n] = own[n];
   sums_before(below, all, s.scratch.floats);
   const float size = static_cast<float>(taken * kPack);
   const float scale = static_cast<float>(row.size) / size;  // elements for each looked at
-  below[0] += size - all[0];                                // those without mass
+  const float massless = size - all[0];
+  below[0] += massless;
   // A mark is taken as passed where the estimate is so many standard deviations beyond it, and a
   // little, for the values of a bin differ.
   const float deviations = 3.5f, slack = 0.003f, others = scale > 1.f ? 1.f - 1.f / scale : 0.f;
-  const float spread = deviations * deviations * scale * scale * others;
+  const float spread = deviations * deviations * scale * scale * others, a_share = 1.f / size;
   const float rank = r.has_k() ? static_cast<float>(r.top_k) / scale : size;
   const float rank_error = deviations * sqrtf(rank * others) + 4.f;
   const float tail = static_cast<float>(kWholePortion - r.portion) / kWholePortion * mass;
-  int low = 0, rank_bin = kBins, mass_bin = kBins;
-  for (int i = 0; i < kBinsAThread; ++i) {
-    const int bin = first_bin + i;
-    const unsigned count = s.bins[bin];
-    s.bins[bin] = static_cast<unsigned>(below[0]);
-    if (count == 0) continue;
+  // Whether a bin, of what lies below it, is still before the thresholds; past that of top-k; past
+  // that of top-p.
+  const auto judge = [&](const float(&under)[kSums], int bin, bool(&is)[kMarks]) {
     const float floor = __uint_as_float(bin_floor(bin));
-    const float above = size - below[0], mass_below = scale * below[1];
+    const float above = size - under[0], mass_below = scale * under[1];
     const float error =  // its square
-        spread * (below[2] - below[1] * below[1] / size + 4.f * floor * floor);
+        spread * (under[2] - under[1] * under[1] * a_share + 4.f * floor * floor);
     const float short_of = tail - (1.f + slack) * mass_below;
     const float beyond = (1.f - slack) * mass_below - tail;
-    const bool by_rank = r.has_k() && above >= rank + rank_error;
-    const bool by_mass = r.needs_total() && short_of >= 0.f && short_of * short_of >= error;
-    if (by_rank || by_mass) low = bin;
-    if (above <= rank - rank_error && bin < rank_bin) rank_bin = bin;
-    if (beyond >= 0.f && beyond * beyond >= error && bin < mass_bin) mass_bin = bin;
-    const float value = __uint_as_float(bin_floor(bin) + kBinMiddle<T>);
-    below[0] += static_cast<float>(count);
-    below[1] += static_cast<float>(count) * value;
-    below[2] += static_cast<float>(count) * value * value;
+    is[0] = (r.has_k() && above >= rank + rank_error) ||
+            (r.needs_total() && short_of >= 0.f && short_of * short_of >= error);
+    is[1] = above <= rank - rank_error;
+    is[2] = beyond >= 0.f && beyond * beyond >= error;
+  };
+  // The bins of the one thread where that changes, and the next, are looked at, each by a lane.
+  bool at_first[kMarks], at_end[kMarks];
+  judge(below, first_bin, at_first);
+#pragma unroll
+  for (int n = 0; n < kSums; ++n) {
+    s.below[n][threadIdx.x] = below[n];
+    own[n] += below[n];
   }
-  low = warp_max(low);
-  rank_bin = -warp_max(-rank_bin);
-  mass_bin = -warp_max(-mass_bin);
-  if (lane() == 0) {
-    atomicMax(&s.low_bin, low);
-    atomicMin(&s.rank_bin, rank_bin);
-    atomicMin(&s.mass_bin, mass_bin);
+  judge(own, first_bin + kBinsAThread, at_end);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (at_first[0] && !at_end[0]) atomicMax(&s.turn[0], thread);
+  if (!at_first[1] && at_end[1]) atomicMin(&s.turn[1], thread);
+  if (!at_first[2] && at_end[2]) atomicMin(&s.turn[2], thread);
+  __syncthreads();
+  if (threadIdx.x < 4 * kLanes) {  // warps of more lanes than 32 must stay together
+    const int m = warp() < kMarks ? warp() : 0, turn = s.turn[m];
+    const bool found_one = turn >= 0 && turn < kThreads;
+    const bool there = found_one && lane() <= kBinsAThread;
+    const int bin = (found_one ? turn * kBinsAThread : 0) + lane();
+    float own_bin[kSums] = {}, under[kSums];
+    if (there && bin < kBins) add_bin<T>(own_bin, bin, s.bins[bin]);
+#pragma unroll
+    for (int n = 0; n < kSums; ++n)
+      under[n] = s.below[n][found_one ? turn : 0] + warp_sum_through(own_bin[n]) - own_bin[n];
+    bool is[kMarks];
+    judge(under, there ? bin : 0, is);
+    const int hit = m == 0 ? is[0] : m == 1 ? is[1] : is[2];
+    const int furthest = warp_max(!there ? -kBins : m == 0 ? (hit ? bin : 0) : hit ? -bin : -kBins);
+    const int found = m == 0 ? furthest : -furthest;
+    if (there && warp() < kMarks && bin == found) s.edge[m] = {found, under[0]};
   }
   __syncthreads();
-  low = s.low_bin;
-  int high = s.rank_bin > s.mass_bin ? s.rank_bin : s.mass_bin;
-  if (high <= low) high = low + 1;
-  const float not_below = size - static_cast<float>(s.bins[low]);
-  const float not_between = high < kBins ? size - static_cast<float>(s.bins[high]) : 0.f;
+  const Edge low = s.edge[0].bin == 0 ? Edge{0, massless} : s.edge[0];
+  Edge high = s.edge[1].bin > s.edge[2].bin ? s.edge[1] : s.edge[2];
+  if (high.bin <= low.bin) high = {kBins, size};
+  const float not_below = size - low.below, not_between = size - high.below;
   const float most = r.of_survivors() ? kListable : kWholeSupport;
-  if (scale * not_below <= most) return {bin_floor(low), kInfinity, false};
+  if (scale * not_below <= most) return {bin_floor(low.bin), kInfinity, false};
   if (r.of_survivors() || scale * (not_below - not_between) > kListable) return unknown;
-  return {bin_floor(low), high < kBins ? bin_floor(high) : kInfinity, false};
+  return {bin_floor(low.bin), high.bin < kBins ? bin_floor(high.bin) : kInfinity, false};
 }
 
 // ---- step 2: stream -------------------------------------------------------------------------
 
 // Reads a slice, of which `values` is the first step: fills the list from the slices of the block
-// and sets s.found, and s.parts to the warps' masses of what is at least plan.high.
+// and sets s.founds, and s.parts to the warps' masses of what is at least plan.high.
 template <class T>
 __device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, const Rules& r,
                                        const Plan& plan, typename Row<T>::Step values, Shared& s) {
@@ -657,9 +715,11 @@ __device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, co
       }
     }
   }
-  total = warp_sum(total);
-  above = warp_sum(above);
-  count_above = warp_sum(count_above);
+  if (with_total) total = warp_sum(total);
+  if (plan.high < kInfinity) {
+    above = warp_sum(above);
+    count_above = warp_sum(count_above);
+  }
   largest = static_cast<unsigned>(warp_max(static_cast<int>(largest)));
   if (lane() == 0) {
     s.founds[warp()] = {total, above, count_above, largest, 0};
@@ -696,97 +756,171 @@ __device__ __forceinline__ uint64_t exact_mass(const Shared& s, int bin) {
   uint64_t mass = 0;
 #pragma unroll
   for (int limb = 0; limb < kLimbs; ++limb)
-    mass += static_cast<uint64_t>(s.limbs[limb][bin]) << (limb * kLimbBits);
+    mass += static_cast<uint64_t>(s.exact.limbs[limb][bin]) << (limb * kLimbBits);
   return mass;
 }
 
 __device__ __forceinline__ void add_exactly(Shared& s, int bin, unsigned count, uint64_t mass) {
-  atomicAdd(&s.count[bin], count);
+  atomicAdd(&s.exact.count[bin], count);
 #pragma unroll
   for (int limb = 0; limb < kLimbs; ++limb) {
     const uint64_t rest = mass >> (limb * kLimbBits);
     const unsigned part = static_cast<unsigned>(limb < kLimbs - 1 ? rest & kLimbMask : rest);
-    if (part > 0) atomicAdd(&s.limbs[limb][bin], part);
+    if (part > 0) atomicAdd(&s.exact.limbs[limb][bin], part);
   }
 }
 
-// The greatest of up to 32 values in s.few at which a running sum reaches its limit. They start
-// with what is greater than all of these.
-__device__ __forceinline__ void select_of_few(uint64_t count, uint64_t mass, uint64_t count_limit,
-                                              uint64_t mass_limit, Shared& s) {
-  const uint64_t mass_before = mass;
-  if (in_first_warp()) {
-    const bool there = static_cast<unsigned>(lane()) < s.few_listed;
-    const unsigned own = there ? s.few[lane()] : 0;
-    const uint64_t own_mass = there ? mass_of(own) : 0;
+// ---- few entries, compared all with all
+
+// Copies the list's entries in [low, high) into s.group. Returns how many there are.
+__device__ __forceinline__ unsigned copy_few(unsigned listed, unsigned low, unsigned high,
+                                             Shared& s) {
+  if (threadIdx.x < kFew) s.group.bits[threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    s.few_listed = 0;
+    s.by_count = s.by_mass = 0;
+  }
+  __syncthreads();
+  for (unsigned base = 0; base < listed; base += kThreads) {
+    const unsigned i = base + threadIdx.x;
+    const Entry entry = i < listed ? s.list[i] : Entry{0, 0};
+    const bool counts = entry.bits - low < high - low;
+    // One addition a warp.
+    const unsigned through = warp_sum_through<unsigned>(counts);
+    unsigned first = 0;
+    if (lane() == kLanes - 1 && through > 0) first = atomicAdd(&s.few_listed, through);
+    const unsigned at = __shfl_sync(~0u, first, kLanes - 1, kLanes) + through - 1;
+    if (!counts || at >= kFew) continue;
+    s.group.bits[at] = entry.bits;
+    s.group.index[at] = entry.index;
+    s.group.mass[at] = mass_of(entry.bits);
+  }
+  __syncthreads();
+  return s.few_listed;
+}
+
+// A thread's entry of s.group, and the part of the others that it is compared with.
+struct Pairs {
+  int at, first, end;
+  bool there;
+  unsigned bits;
+
+  __device__ __forceinline__ Pairs(unsigned entries, const Shared& s) {
+    const int share = static_cast<int>(threadIdx.x) / kFew;
+    const int part = static_cast<int>(entries + 7) / 8 * 4;  // of those past the end bits are 0
+    at = static_cast<int>(threadIdx.x) % kFew;
+    there = at < static_cast<int>(entries);
+    bits = there ? s.group.bits[at] : 0;
+    first = share * part;
+    end = at / kLanes * kLanes < static_cast<int>(entries) ? first + part : first;
+  }
+};
+
+// Sets s.group.count and sum of every entry: how many are not less, and their masses.
+__device__ __forceinline__ void rank_few(const Pairs& own, Shared& s) {
+  unsigned count = 0;
+  uint64_t mass = 0;
+#pragma unroll 2
+  for (int i = own.first; i < own.end; i += 4) {
+    const auto bits = load<4>(&s.group.bits[i]);
+    const auto low = load<2>(&s.group.mass[i]), high = load<2>(&s.group.mass[i + 2]);
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const unsigned other = __shfl_sync(~0u, own, i, kLanes);
-      const uint64_t other_mass = __shfl_sync(~0u, own_mass, i, kLanes);
-      count += other >= own && other > 0;
-      mass += other >= own ? other_mass : 0;
-    }
-    const bool reached = there && (count >= count_limit || mass >= mass_limit);
-    const unsigned most = static_cast<unsigned>(warp_max(reached ? static_cast<int>(own) : 0));
-    const uint64_t mass_of_all = warp_sum(own >= most ? own_mass : 0);
-    if (threadIdx.x == 0) {
-      s.mark.bin = most;
-      s.mark.mass_after = mass_before + mass_of_all;
+    for (int j = 0; j < 4; ++j) {
+      const bool counts = bits.at[j] >= own.bits;
+      count += counts;
+      mass += counts ? (j < 2 ? low.at[j % 2] : high.at[j % 2]) : 0;
     }
   }
+  const int share = static_cast<int>(threadIdx.x) / kFew;
+  s.group.count[share][own.at] = count;
+  s.group.sum[share][own.at] = mass;
   __syncthreads();
 }
 
+// The greatest of up to kFew values of s.group such that, with `count` and `mass` of what is
+// greater, a limit is reached.
+__device__ __forceinline__ Selected select_of_few(unsigned entries, uint64_t count, uint64_t mass,
+                                                  uint64_t count_limit, uint64_t mass_limit,
+                                                  Shared& s) {
+  const Pairs own(entries, s);
+  rank_few(own, s);
+  count += s.group.count[0][own.at] + s.group.count[1][own.at];
+  mass += s.group.sum[0][own.at] + s.group.sum[1][own.at];
+  const bool reached = own.there && (count >= count_limit || mass >= mass_limit);
+  const int most = warp_max(reached ? static_cast<int>(own.bits) : 0);
+  if (lane() == 0 && most > 0) atomicMax(&s.by_count, most);
+  __syncthreads();
+  const unsigned selected = static_cast<unsigned>(s.by_count);
+  if (own.there && own.bits == selected) s.mark.mass_after = mass;
+  __syncthreads();
+  return {selected, s.mark.mass_after, true};
+}
+
+// ---- histograms
+
 // The greatest value in [low, high) such that `count_limit` elements, or the mass `mass_limit`, are
 // at least that. `each` calls its argument with the bits of elements, this thread's share of all
-// in that range and of any others; `count` and `mass` are of what is at least `high`.
-template <bool kFewSteps, class Each>
-__device__ Selected select(Each each, unsigned low, unsigned high, uint64_t count, uint64_t mass,
-                           uint64_t count_limit, uint64_t mass_limit, Shared& s) {
+// in that range and of any others; `count` and `mass` are of what is at least `high`. Without
+// kMasses there is no limit of mass, and the result has none. Where the elements are the list's,
+// `listed` is how many it has; else 0.
+template <bool kMasses, class Each>
+__device__ Selected select(Each each, unsigned listed, unsigned low, unsigned high, uint64_t count,
+                           uint64_t mass, uint64_t count_limit, uint64_t mass_limit, Shared& s) {
   const int own = kExactBins - 1 - static_cast<int>(threadIdx.x);  // from the greatest value down
   for (;;) {
     const int shift = 32 - __clz(static_cast<int>((high - low - 1) >> kExactBits));
-    s.count[own] = 0;
+    s.exact.count[own] = 0;
 #pragma unroll
-    for (int limb = 0; limb < kLimbs; ++limb) s.limbs[limb][own] = 0;
-    if (threadIdx.x == 0) {
-      s.marked = false;
-      s.few_listed = 0;
-    }
+    for (int limb = 0; kMasses && limb < kLimbs; ++limb) s.exact.limbs[limb][own] = 0;
+    if (threadIdx.x == 0) s.marked = false;
     __syncthreads();
     // Neighbours of one bin are added at once: where many tokens tie, threads would queue up.
     int bin = 0;
     unsigned neighbours = 0;
     uint64_t their_mass = 0;
+    const auto add = [&] {
+      if constexpr (kMasses)
+        add_exactly(s, bin, neighbours, their_mass);
+      else
+        atomicAdd(&s.exact.count[bin], neighbours);
+    };
     each([&](unsigned bits) {
       if (bits - low >= high - low) return;
       const int at = static_cast<int>((bits - low) >> shift);
       if (at != bin && neighbours > 0) {
-        add_exactly(s, bin, neighbours, their_mass);
+        add();
         neighbours = 0;
         their_mass = 0;
       }
       bin = at;
       ++neighbours;
-      their_mass += mass_of(bits);
+      if constexpr (kMasses) their_mass += mass_of(bits);
     });
-    if (neighbours > 0) add_exactly(s, bin, neighbours, their_mass);
+    if (neighbours > 0) add();
     __syncthreads();
 
-    const uint64_t own_count = s.count[own], own_mass = exact_mass(s, own);
-    uint64_t before[] = {own_count, own_mass}, all[2];
-    sums_before(before, all, s.scratch.words);
-    before[0] += count;
-    before[1] += mass;
-    const uint64_t after[] = {before[0] + own_count, before[1] + own_mass};
-    if (before[0] < count_limit && before[1] < mass_limit &&
-        (after[0] >= count_limit || after[1] >= mass_limit)) {
+    const unsigned own_count = s.exact.count[own];
+    uint64_t own_mass = 0, mass_before = 0, whole_mass = 0;
+    if constexpr (kMasses) {
+      own_mass = exact_mass(s, own);
+      uint64_t before[] = {own_mass}, all[1];
+      sums_before(before, all, s.scratch.words);
+      mass_before = mass + before[0];
+      whole_mass = mass + all[0];
+      __syncthreads();  // the scratch was read
+    }
+    float before[] = {static_cast<float>(own_count)}, all[1];  // exact: counts have 19 bits
+    sums_before(before, all, s.scratch.floats);
+    const uint64_t count_before = count + static_cast<unsigned>(before[0]);
+    if (count_before < count_limit && (!kMasses || mass_before < mass_limit) &&
+        (count_before + own_count >= count_limit ||
+         (kMasses && mass_before + own_mass >= mass_limit))) {
       s.marked = true;
-      s.mark = {static_cast<unsigned>(own), static_cast<unsigned>(own_count), before[0], before[1],
-                after[1]};
+      s.mark = {static_cast<unsigned>(own), own_count, count_before, mass_before,
+                mass_before + own_mass};
     }
     __syncthreads();
-    if (!s.marked) return {low, mass + all[1], false};
+    if (!s.marked) return {low, whole_mass, false};
     const Mark mark = s.mark;
     const unsigned at = low + (mark.bin << shift);
     if (shift == 0) return {at, mark.mass_after, true};
@@ -794,14 +928,8 @@ __device__ Selected select(Each each, unsigned low, unsigned high, uint64_t coun
     if (high - low > 1u << shift) high = low + (1u << shift);
     count = mark.count_before;
     mass = mark.mass_before;
-    if (kFewSteps && mark.count <= kLanes) {
-      each([&](unsigned bits) {
-        if (bits - low < high - low) s.few[atomicAdd(&s.few_listed, 1u)] = bits;
-      });
-      __syncthreads();
-      select_of_few(count, mass, count_limit, mass_limit, s);
-      return {s.mark.bin, s.mark.mass_after, true};
-    }
+    if (listed > 0 && mark.count <= kFew)
+      return select_of_few(copy_few(listed, low, high, s), count, mass, count_limit, mass_limit, s);
     __syncthreads();  // s.mark was read
   }
 }
@@ -811,7 +939,7 @@ template <class T>
 __device__ Selected select_from(const Row<T>& row, unsigned low, uint64_t count_limit,
                                 uint64_t mass_limit, Shared& s) {
   const Slice slice = slice_of(row, 0, 1);
-  const Selected selected = select<false>(
+  const Selected selected = select<true>(
       [&](auto use) {
         for (int step = 0; step < slice.steps; ++step) {
           const typename Row<T>::Step values = read_step(row, slice, step);
@@ -821,7 +949,7 @@ __device__ Selected select_from(const Row<T>& row, unsigned low, uint64_t count_
             for (int i = 0; i < Row<T>::kPack; ++i) use(bits_of(values.at[k].at[i]));
         }
       },
-      low, kInfinity, 0, 0, count_limit, mass_limit, s);
+      0, low, kInfinity, 0, 0, count_limit, mass_limit, s);
   __syncthreads();
   return selected;
 }
@@ -853,15 +981,29 @@ __device__ __forceinline__ unsigned threshold(const Rules& r, const Plan& plan, 
   };
   uint64_t needed = r.needs_total() ? needed_of(r.portion, found.total) : kNoLimit;
   if (found.count_above >= r.top_k || found.above >= needed) return 0;
-  Selected selected = select<true>(each_listed, plan.low, plan.high, found.count_above, found.above,
-                                   r.top_k, needed, s);
+  const unsigned low = plan.low, high = plan.high <= found.largest ? plan.high : found.largest + 1;
   // Where all that has mass is listed, fewer than top-k may have some.
-  if (!selected.found && plan.low > kLeast) return 0;
-  if (!r.of_survivors()) return selected.bits;
+  const unsigned none = low > kLeast ? 0 : kLeast;
+  if (found.listed == 0) return none;
+  if (r.needs_total()) {
+    const Selected selected = select<true>(each_listed, found.listed, low, high, found.count_above,
+                                           found.above, r.top_k, needed, s);
+    return selected.found ? selected.bits : none;
+  }
+  const Selected selected = select<false>(each_listed, found.listed, low, high, found.count_above,
+                                          0, r.top_k, kNoLimit, s);
+  if (!selected.found && none == 0) return 0;
+  if (!r.of_survivors()) return selected.found ? selected.bits : none;
+  uint64_t mass = 0;
+  each_listed([&](unsigned bits) { mass += bits >= selected.bits ? mass_of(bits) : 0; });
+  mass = warp_sum(mass);
+  if (lane() == 0) s.scratch.words[0][warp()] = mass;
   __syncthreads();
-  needed = needed_of(r.portion, selected.mass);
-  return select<true>(each_listed, selected.bits, plan.high, found.count_above, found.above,
-                      kNoLimit, needed, s)
+  mass = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) mass += s.scratch.words[0][i];
+  needed = needed_of(r.portion, mass);
+  return select<true>(each_listed, found.listed, selected.bits, high, 0, 0, kNoLimit, needed, s)
       .bits;
 }
 
@@ -923,6 +1065,97 @@ __device__ __forceinline__ void search(const Arguments& a, int64_t sample, const
   }
 }
 
+// ---- steps 3 and 4 of few entries -----------------------------------------------------------
+
+// A value of which `top_k` entries of the list and few more are at least that, or 0.
+__device__ __forceinline__ unsigned low_of_few(const Rules& r, const Plan& plan, unsigned listed,
+                                               unsigned largest, Shared& s) {
+  const int own = kExactBins - 1 - static_cast<int>(threadIdx.x);  // from the greatest value down
+  const int shift = 32 - __clz(static_cast<int>((largest - plan.low) >> kExactBits));
+  s.exact.count[own] = 0;
+  if (threadIdx.x == 0) s.marked = false;
+  __syncthreads();
+  for (unsigned i = threadIdx.x; i < listed; i += kThreads)
+    atomicAdd(&s.exact.count[(s.list[i].bits - plan.low) >> shift], 1u);
+  __syncthreads();
+  const unsigned count = s.exact.count[own];
+  float before[] = {static_cast<float>(count)}, all[1];
+  sums_before(before, all, s.scratch.floats);
+  const unsigned above = static_cast<unsigned>(before[0]);
+  if (above < r.top_k && above + count >= r.top_k && above + count <= kFew) {
+    s.marked = true;
+    s.mark.bin = own;
+  }
+  __syncthreads();
+  return s.marked ? plan.low + (s.mark.bin << shift) : 0;
+}
+
+// The token of a row of which the list has all that is kept, and few entries. Returns false where
+// that is not so.
+__device__ __forceinline__ bool draw_of_few(const Arguments& a, int64_t sample, const Rules& r,
+                                            const Plan& plan, const Found& found, Shared& s) {
+  if (plan.exact || plan.low == kInfinity || plan.high != kInfinity || found.listed > kCapacity)
+    return false;
+  unsigned low = plan.low;
+  if (found.listed > kFew) {
+    if (!r.has_k() || r.top_k > kFew) return false;
+    low = low_of_few(r, plan, found.listed, found.largest, s);
+    if (low == 0) return false;
+  }
+  const unsigned entries = copy_few(found.listed, low, kInfinity, s);
+  const Pairs own(entries, s);
+  rank_few(own, s);
+  const unsigned count = s.group.count[0][own.at] + s.group.count[1][own.at];
+  const uint64_t mass = s.group.sum[0][own.at] + s.group.sum[1][own.at];
+  unsigned kept = low;
+  if (r.has_k()) {
+    const int most = warp_max(own.there && count >= r.top_k ? static_cast<int>(own.bits) : 0);
+    if (lane() == 0 && most > 0) atomicMax(&s.by_count, most);
+    __syncthreads();
+    if (s.by_count == 0) return false;
+    kept = static_cast<unsigned>(s.by_count);
+  }
+  if (r.has_p()) {
+    if (r.of_survivors()) {
+      if (own.there && own.bits == kept) s.mark.mass_after = mass;
+      __syncthreads();
+    }
+    const uint64_t needed = needed_of(r.portion, r.needs_total() ? found.total : s.mark.mass_after);
+    const int most = warp_max(own.there && mass >= needed ? static_cast<int>(own.bits) : 0);
+    if (lane() == 0 && most > 0) atomicMax(&s.by_mass, most);
+    __syncthreads();
+    if (s.by_mass == 0 && !r.has_k()) return false;
+    if (kept < static_cast<unsigned>(s.by_mass)) kept = static_cast<unsigned>(s.by_mass);
+  }
+  const unsigned least = __float_as_uint(__fmul_rn(r.min_p, __uint_as_float(found.largest)));
+  if (kept < least) kept = least;
+
+  // Masses of what is kept, and of that of it which comes before in the row.
+  const int index = own.there ? s.group.index[own.at] : 0;
+  uint64_t before = 0, support = 0;
+#pragma unroll 2
+  for (int i = own.first; i < own.end; i += 4) {
+    const auto bits = load<4>(&s.group.bits[i]);
+    const auto indices = load<4>(&s.group.index[i]);
+    const auto low_two = load<2>(&s.group.mass[i]), high_two = load<2>(&s.group.mass[i + 2]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint64_t one = bits.at[j] < kept ? 0 : j < 2 ? low_two.at[j % 2] : high_two.at[j % 2];
+      support += one;
+      before += indices.at[j] < index ? one : 0;
+    }
+  }
+  const int share = static_cast<int>(threadIdx.x) / kFew;
+  s.group.sum[share][own.at] = before;
+  if (own.at == 0) s.parts[share] = support;
+  __syncthreads();
+  if (share > 0 || !own.there || own.bits < kept) return true;
+  before += s.group.sum[1][own.at];
+  const uint64_t target = multiply_high(s.random, s.parts[0] + s.parts[1]);
+  if (before <= target && target - before < s.group.mass[own.at]) answer(a, sample, index, true);
+  return true;
+}
+
 // The parts of which a row's list was made: warps of this block, or blocks.
 struct Parts {
   int count, packs, runs;  // packs and runs of each
@@ -939,6 +1172,7 @@ __device__ __forceinline__ bool draw(const Arguments& a, int64_t sample, const R
     if (threadIdx.x == 0) answer(a, sample, 0, false);
     return true;
   }
+  if (draw_of_few(a, sample, r, plan, found, s)) return true;
   unsigned kept = threshold(r, plan, found, s);
   if (kept == 0) return false;
   const unsigned least = __float_as_uint(__fmul_rn(r.min_p, __uint_as_float(found.largest)));
@@ -1035,7 +1269,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Arguments a) {
   const Slice slice = slice_of(row, 0, 1);
   // These are on their way during the first step.
   const typename Row<T>::Step values = read_step(row, slice, 0);
-  if (threadIdx.x == 0) s.random = random_of(a, sample);
+  if (threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
   const Plan plan = bracket(row, r, 1.f, s);
   stream(row, slice, r, plan, values, s);
   sum_warps(s);
@@ -1079,7 +1313,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) answer(a, sample, 0, false);
     return;
   }
-  if (threadIdx.x == 0) s.random = random_of(a, sample);
+  if (threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
   const Row<T> row(a, number);
   const Part* parts = all_parts + sample * blocks;
   const Plan plan = parts[0].plan;

@@ -450,6 +450,10 @@ def _exact() -> Iterator[Case]:
                    top_p=torch.tensor([0.9, 0.9, 0.5, 1, 1, 0.6, 1, 0.7, 0.9, 1, 1, 0.9, 0.5, 1]),
                    min_p=torch.tensor([0, 0, 0.01, 0, 0, 0, 0, 0, 0.5, 0.9, 0, 0, 0, 0]),
                    filter_apply_order=order)  # fmt: skip
+    # Elements that are not looked at are other than those that are; each sample has one block.
+    for name, rows in (("many", _hidden_many), ("large", _hidden_large)):
+        yield case(f"hidden-{name}", rows, top_k=40 if name == "many" else 0, top_p=0.5,
+                   indices=torch.zeros(130, dtype=torch.int64))  # fmt: skip
     # So many samples that each has a block of its own, which reads its row in several steps.
     yield case("long-row-often", partial(_model_probs, rows=1, vocab_size=25001), draws=130,
                top_k=2000, top_p=0.99)  # fmt: skip
@@ -483,6 +487,24 @@ def _misleading(g: torch.Generator, vocab_size: int = 9002) -> Tensor:
     flat[12] *= torch.where(groups == 0, 1e-6, 1.5)
     flat[13, ::2] *= groups[::2] != 0
     return flat
+
+
+_LOOKED_AT = torch.arange(9002) // 32 % 3 == 0  # of a row of fp32
+
+
+def _hidden_many(g: torch.Generator) -> Tensor:
+    """Of what is looked at few are large, of the rest all."""
+    probs = 1e-4 * (1 + torch.rand(1, 9002, generator=g) * 1e-3)
+    few = torch.arange(9002) < 320
+    return probs * torch.where(_LOOKED_AT & ~few, 1e-4, 1.0)
+
+
+def _hidden_large(g: torch.Generator) -> Tensor:
+    """Two values that are not looked at have most of the mass."""
+    probs = (0.5 + torch.rand(1, 9002, generator=g)) / 9002
+    probs[0, [40, 8972]] = 1.0
+    assert not _LOOKED_AT[[40, 8972]].any()
+    return probs
 
 
 def _long_rows(g: torch.Generator) -> Tensor:

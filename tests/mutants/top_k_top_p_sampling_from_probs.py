@@ -113,9 +113,9 @@ KERNEL_MUTANTS = (
     _fault(
         "guess-believed-above",
         "if (found.count_above >= r.top_k || found.above >= needed) return 0;",
-        "",
+        "if (found.count_above >= r.top_k || found.above >= needed) return plan.high;",
     ),
-    _fault("guess-believed-below", "if (!selected.found && plan.low > kLeast) return 0;", ""),
+    _fault("guess-believed-below", "none = low > kLeast ? 0 : kLeast;", "none = kLeast;"),
     _fault("cut-list-believed", "|| found.listed > kCapacity) return 0;", ") return 0;"),
     _fault(
         "short-rows-guessed-from-above-2^-20",
@@ -160,18 +160,34 @@ KERNEL_MUTANTS = (
     # The threshold.
     _fault(
         "of-few-the-first",
-        "count += other >= own && other > 0;",
-        "count += other > own && other > 0;",
+        "counts = bits.at[j] >= own.bits;",
+        "counts = bits.at[j] > own.bits;",
     ),
     _fault(
-        "few-without-what-is-above",
-        "select_of_few(count, mass, count_limit",
-        "select_of_few(0, 0, count_limit",
+        "few-and-one-above",
+        "copy_few(listed, low, high, s), count, mass,",
+        "copy_few(listed, low, high, s), count + 1, mass,",
     ),
-    _fault("one-too-many-for-a-warp", "mark.count <= kLanes) {", "mark.count <= kLanes + 8) {"),
+    _fault("half-of-few-lost", "if (!counts || at >= kFew)", "if (!counts || at >= kFew / 2)"),
+    _fault(
+        "first-share-alone",
+        "s.group.count[0][own.at] + s.group.count[1][own.at];\n  const",
+        "s.group.count[0][own.at];\n  const",
+    ),
+    _fault("few-in-any-order", "indices.at[j] < index ? one : 0;", "j < index ? one : 0;"),
+    _fault(
+        "few-without-themselves",
+        "indices.at[j] < index ? one : 0;",
+        "indices.at[j] <= index ? one : 0;",
+    ),
+    _fault(
+        "few-share-of-the-row", "r.needs_total() ? found.total : s.mark.mass_after", "found.total"
+    ),
+    _fault("few-min-p-lost", "if (kept < least) kept = least;\n\n", "\n"),
+    _fault("few-by-mass-lost", "if (kept < static_cast<unsigned>(s.by_mass))", "if (false)"),
     _fault(
         "survivors-mass-of-the-row",
-        "needed = needed_of(r.portion, selected.mass);",
+        "needed = needed_of(r.portion, mass);",
         "needed = needed_of(r.portion, found.total);",
     ),
     _fault(
@@ -187,7 +203,7 @@ KERNEL_MUTANTS = (
     # The slow way.
     _fault(
         "ties-not-flushed",
-        "if (neighbours > 0) add_exactly(s, bin, neighbours, their_mass);\n    __syncthreads();",
+        "if (neighbours > 0) add();\n    __syncthreads();",
         "__syncthreads();",
     ),
     _fault(
