@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import kernelhub
 from kernelhub import registry
 from kernelhub.backend import Backend
 from kernelhub.backends.cuda import _kernels
@@ -157,6 +158,7 @@ def failing_case(library: Path) -> str:
     made = kernels.implementations(_GEMV)
     registry.add_backend(Backend("mutant", made, device_types=("cuda",), automatic=False))
     classes = [f"{s} n512 k{k}" for s in ("dense", "fp8", "int4") for k in (512, 1024)]
+    classes.append("dense n65536 k512")
     with tiles.override({op: dict.fromkeys(classes, TILE) for op in _GEMV}):
         for op in _GEMV:
             for case in registry.spec(op).cases():
@@ -164,7 +166,31 @@ def failing_case(library: Path) -> str:
                     outcome = run_case(op, case, "mutant", "cuda")
                     if outcome.status != "passed":
                         return f"{op} {case.name}: {outcome.message}"
-    torch.cuda.synchronize()
+        return _many_items()
+
+
+def _many_items() -> str:
+    """What differs where a block works through several items, which cases are too small for."""
+    made = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=made, device="cuda").bfloat16()
+
+    def far(result: torch.Tensor, exact: torch.Tensor) -> bool:
+        return not bool(((result.float() - exact).abs() < exact.std() / 16).all())
+
+    weight, x = normal(1 << 16, 512), normal(33, 512)
+    result = kernelhub.ops.fused_gemv.on("mutant")(x, weight)
+    if far(result, x.float() @ weight.float().T):
+        return "a weight of many rows, 33 rows of x"
+    experts, x = normal(300, 512, 512), normal(40, 8, 512)
+    ids = torch.stack([torch.randperm(300, generator=made, device="cuda")[:8] for _ in range(40)])
+    for tokens in (1, 40):
+        columns, chosen = x[:tokens], ids[:tokens]
+        result = kernelhub.ops.fused_moe_gemv.on("mutant")(columns, experts, chosen)
+        exact = torch.einsum("tsk,tsnk->tsn", columns.float(), experts[chosen].float())
+        if far(result, exact):
+            return f"many experts, {tokens} tokens"
     return ""
 
 
