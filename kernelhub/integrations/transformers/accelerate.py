@@ -11,6 +11,7 @@ from torch import nn
 from kernelhub.integrations.transformers import experts, families, layers, patches
 from kernelhub.integrations.transformers.census import Census
 from kernelhub.integrations.transformers.families import Family, Layer
+from kernelhub.integrations.transformers.quantized import QUANTIZED, count
 
 NAME = "accelerate"
 
@@ -76,8 +77,8 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     either has changed; a change through `.data` is not seen.
 
     Args:
-        model: a model of Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral or DeepSeek-V3; weights fp32, fp16
-            or bf16.
+        model: a model of Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral or DeepSeek-V3, perhaps quantised
+            by `quantize`; weights fp32, fp16 or bf16.
         census: counts each call, with its backend and why; see `Census` for the cost.
 
     Returns:
@@ -116,6 +117,9 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
             if not why:
                 patch(module, "forward", layers.SharedExperts(module))
             return "fused_mul_add", why
+        if isinstance(module, QUANTIZED):
+            patch(module, "forward", count)
+            return module.op, ""
         if isinstance(module, nn.Linear):
             why = families.linear_refusal(module)
             if not why:
