@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections import Counter
 from typing import Any
 
@@ -118,7 +120,9 @@ def test_a_cache_that_stock_began_goes_on() -> None:
             begun = model(torch.tensor([[5, 17, 3]]), use_cache=True)
             expected = model(torch.tensor([[5, 17, 3, 40]])).logits[:, -1]
             with accelerate(model):
-                got = model(torch.tensor([[40]]), cache=begun.cache).logits[:, -1]
+                parameters = inspect.signature(type(model).forward).parameters
+                name = "cache" if "cache" in parameters else "past_key_values"
+                got = model(torch.tensor([[40]]), **{name: begun[name]}).logits[:, -1]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -213,6 +217,59 @@ def test_changed_linears_are_listed_and_stay() -> None:
     assert reasons["model.layers.0.mlp.down_proj"] == "its forward has been replaced"
 
 
+def _subclass(module: torch.nn.Module) -> None:
+    module.__class__ = type(f"My{type(module).__name__}", (type(module),), {})
+
+
+def _own_rotary(module: Any) -> None:
+    """An attention of the family's class whose code turns query and key by itself."""
+    forward = inspect.unwrap(type(module).forward)
+    names = tuple(f"{n}_" if "rotary" in n else n for n in forward.__code__.co_names)
+    code = forward.__code__.replace(co_names=names)
+    function = {**forward.__globals__}
+    function["apply_rotary_pos_emb_"] = function["apply_rotary_pos_emb"]
+    type(module).forward = types.FunctionType(code, function, "forward", forward.__defaults__)
+
+
+CHANGED = {
+    "self_attn": "what this subclass of LlamaAttention adds is not known",
+    "mlp": "what this subclass of LlamaMLP adds is not known",
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_subclasses_of_a_familys_layers_are_listed_and_stay(name: str) -> None:
+    model = make("llama")
+    for layer in model.model.layers:
+        _subclass(layer.get_submodule(name))
+    stock, census = say(model), Census()
+    with accelerate(model, census=census) as accelerated:
+        said = say(model)
+    listed = {layer.name: layer.why for layer in accelerated.stock}
+    assert listed[f"model.layers.1.{name}"] == CHANGED[name]
+    assert torch.equal(said.tokens, stock.tokens)
+    rotary, joined = (census.count("rotary_embedding"), "gate-up with SwiGLU")
+    assert (rotary == 0) == (name == "self_attn")
+    assert (joined in {row.place for row in census.rows}) == (name != "mlp")
+
+
+def test_an_attention_that_does_not_call_the_familys_function_is_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make("llama")
+    attention = model.model.layers[0].self_attn
+    monkeypatch.setattr(type(attention), "forward", type(attention).forward)  # to be put back
+    _own_rotary(attention)
+    stock, census = say(model), Census()
+    with accelerate(model, census=census) as accelerated:
+        said = say(model)
+    reasons = {layer.name: layer.why for layer in accelerated.stock}
+    expected = "its forward does not call apply_rotary_pos_emb"
+    assert reasons["model.layers.0.self_attn"] == expected
+    assert census.count("rotary_embedding") == 0
+    assert torch.equal(said.tokens, stock.tokens)
+
+
 def test_autocast_and_other_dtypes_run_stock() -> None:
     model, ids = make("qwen3"), torch.tensor([[5, 17]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -222,11 +279,15 @@ def test_autocast_and_other_dtypes_run_stock() -> None:
             got = model(ids).logits
     assert torch.equal(got, expected) or (got - expected).abs().max() < 0.05 * expected.abs().max()
     assert {r.why for r in census.rows if r.op == "fused_gemv"} == {"under autocast"}
-    double = make("qwen3", torch.float64)
-    with accelerate(double) as accelerated, torch.no_grad():
-        got = double(ids).logits
-    assert torch.equal(got, double(ids).logits)
-    assert "weight of float64" in {layer.why for layer in accelerated.stock}
+    for family in ("qwen3", "mixtral", "deepseek_v3"):
+        double, census = make(family, torch.float64), Census()
+        double.set_experts_implementation("eager")  # the only one for float64
+        with accelerate(double, census=census) as accelerated, torch.no_grad():
+            got = double(ids).logits
+        assert torch.equal(got, double(ids).logits)
+        assert "weight of float64" in {layer.why for layer in accelerated.stock}
+        assert {row.backend for row in census.rows} == {"stock"}
+        assert {r.why for r in census.rows} <= {"dtypes float64 and float64", "dtype float64"}
 
 
 def test_other_models_are_refused() -> None:

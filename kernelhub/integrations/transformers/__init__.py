@@ -11,7 +11,9 @@ quantize(model, "int4"); save_quantized(model, folder); model = load_quantized(f
 
 try:
     import transformers as _transformers
-except ImportError as _error:
+except ModuleNotFoundError as _error:
+    if _error.name != "transformers":
+        raise
     raise ImportError(
         "kernelhub.integrations.transformers needs transformers >= 5.17, < 6: "
         "pip install 'kernelhub[e2e]'"

@@ -15,6 +15,18 @@ from kernelhub.integrations.transformers.quantized import QUANTIZED, count
 
 NAME = "accelerate"
 
+_OP = {
+    "attention": "rotary_embedding",
+    "mlp": "fused_gemv",
+    "experts": "fused_moe_gemv",
+    "moe": "fused_mul_add",
+}
+_RUN: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "attention": lambda _: layers.attention,
+    "mlp": lambda _: layers.GateUp(),
+    "moe": layers.SharedExperts,
+}
+
 
 class Accelerated:
     """A model inside its `with accelerate(model):` block, and what became of its layers.
@@ -99,24 +111,14 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
 
     def place(module: nn.Module) -> tuple[str, str] | None:
         """The op of a module, or why it has none; None where it has nothing to say."""
-        if family.is_a(module, "attention"):
-            patch(module, "forward", layers.attention)
-            return "rotary_embedding", ""
-        if family.is_a(module, "mlp"):
-            why = families.mlp_refusal(module)
-            if not why:
-                patch(module, "forward", layers.GateUp())
-            return "fused_gemv", why
-        if family.is_a(module, "experts"):
-            why = families.experts_refusal(module)
-            if not why:
+        kind = family.kind_of(module)
+        if kind is not None:
+            why = families.refusal(family, kind, module)
+            if kind == "experts" and not why:
                 placed.append(module)
-            return "fused_moe_gemv", why
-        if family.is_a(module, "moe"):
-            why = families.moe_refusal(module)
-            if not why:
-                patch(module, "forward", layers.SharedExperts(module))
-            return "fused_mul_add", why
+            elif not why:
+                patch(module, "forward", _RUN[kind](module))
+            return _OP[kind], why
         if isinstance(module, QUANTIZED):
             patch(module, "forward", count)
             return module.op, ""
@@ -128,19 +130,13 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
         return ("", families.no_op(module)) if module._parameters else None
 
     placed: list[nn.Module] = []
-    attention = False
     for name, module in user.model.named_modules():
         found = place(module)
         if found is not None:
             yield Layer(name, type(module).__name__, *found)
-        attention = attention or found == ("rotary_embedding", "")
-    if attention:
-        for name in family.rotary:
-            if hasattr(family.module, name):
-                patch(family.module, name, layers.rotary)
-    else:
-        why = f"there is no {family.attention}, so its rotary function is not known"
-        yield Layer("", type(user.model).__name__, "rotary_embedding", why)
+    for name in family.rotary:
+        if hasattr(family.module, name):
+            patch(family.module, name, layers.rotary)
     if placed:
         experts.add(user.model, placed, user)
         undo.callback(experts.remove, user.model, placed, user)

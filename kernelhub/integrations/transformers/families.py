@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from types import ModuleType
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kernelhub.errors import ArgumentError
 from kernelhub.integrations.transformers import patches
@@ -42,10 +44,13 @@ class Family:
         name = self.model_type
         return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
-    def is_a(self, module: nn.Module, kind: str) -> bool:
-        """Whether a module is of the family's class for `kind`, such as "mlp"."""
-        name = getattr(self, kind)
-        return name is not None and type(module) is getattr(self.module, name)
+    def kind_of(self, module: nn.Module) -> str | None:
+        """What a module is in the family, "attention" or "mlp" say; None where none of these."""
+        for kind in ("attention", "mlp", "experts", "moe"):
+            name = getattr(self, kind)
+            if name is not None and isinstance(module, getattr(self.module, name)):
+                return kind
+        return None
 
 
 _ROTARY = ("apply_rotary_pos_emb",)
@@ -74,15 +79,35 @@ _FAMILIES = {
 def family_of(function: str, model: Any) -> Family:
     """The family of a model. Raises `ArgumentError` where it is of none."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model, nn.Module) or model_type not in _FAMILIES:
+    if not isinstance(model, PreTrainedModel) or model_type not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         got = f"{type(model).__name__} of model_type {model_type!r}"
         raise ArgumentError(function, "model", f"a transformers model of {known}", got)
     return _FAMILIES[model_type]
 
 
-def mlp_refusal(mlp: nn.Module) -> str:
-    """Why a gate-up MLP cannot run as one SwiGLU; empty where it can."""
+def refusal(family: Family, kind: str, module: nn.Module) -> str:
+    """Why a module of a family's class for `kind` keeps its own code; empty where it need not."""
+    name = getattr(family, kind)
+    if type(module) is not getattr(family.module, name):
+        return f"what this subclass of {name} adds is not known"
+    if _replaced(module):
+        return "its forward has been replaced"
+    if kind == "attention":
+        return _attention_refusal(family, module)
+    return {"mlp": _mlp_refusal, "experts": experts_refusal, "moe": _moe_refusal}[kind](module)
+
+
+def _attention_refusal(family: Family, attention: nn.Module) -> str:
+    """Why an attention module's rotary embedding cannot be replaced."""
+    names = inspect.unwrap(type(attention).forward).__code__.co_names
+    if not any(name in names for name in family.rotary):
+        return f"its forward does not call {' or '.join(family.rotary)}"
+    return ""
+
+
+def _mlp_refusal(mlp: nn.Module) -> str:
+    """Why a gate-up MLP cannot run as one SwiGLU."""
     parts: Any = mlp
     for name in ("gate_proj", "up_proj"):
         part = getattr(mlp, name)
@@ -103,7 +128,7 @@ def experts_refusal(experts: nn.Module) -> str:
         return "its weights are not [E, gate rows then up rows, K]"
     if layout.has_bias:
         return "its experts have biases"
-    if layout.has_post_expert_norm:
+    if getattr(layout, "has_post_expert_norm", False):  # not in every version
         return "it normalises each expert's output"
     return _activation_refusal(experts)
 
@@ -115,8 +140,8 @@ def _activation_refusal(module: Any) -> str:
     return ""
 
 
-def moe_refusal(block: Any) -> str:
-    """Why a block's shared experts cannot be added by the op; empty where they can."""
+def _moe_refusal(block: Any) -> str:
+    """Why a block's shared experts cannot be added by the op."""
     for part, name in ((block, "shared_experts"), (block.gate, "routed_scaling_factor")):
         if not hasattr(part, name):
             return f"{type(part).__name__} has no '{name}'"
@@ -129,9 +154,12 @@ def linear_refusal(linear: nn.Linear) -> str:
         return "what this subclass of nn.Linear adds is not known"
     if linear.weight.dtype not in FLOATS:
         return f"weight of {str(linear.weight.dtype).removeprefix('torch.')}"
-    if not isinstance(vars(linear).get("forward", None), (type(None), patches.Patch)):
-        return "its forward has been replaced"
-    return ""
+    return "its forward has been replaced" if _replaced(linear) else ""
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether others than kernelhub have put a forward of their own on a module."""
+    return not isinstance(vars(module).get("forward"), (type(None), patches.Patch))
 
 
 def no_op(module: nn.Module) -> str:

@@ -86,7 +86,7 @@ class GateUp:
         state = [(t.data_ptr(), t.device, t.dtype, _version(t)) for t in parts]
         made = self._made
         if made is None or made[0] != state:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # to be used in any mode
                 made = self._made = (state, *joined(gate, up))
         return made[1], made[2]
 

@@ -171,7 +171,6 @@ def quantize(model: Any, scheme: Scheme, *, group_size: int | None = None) -> Qu
         raise ArgumentError("quantize", "model", "layers that can be quantised", reasons)
     for name, module in made.items():
         model.set_submodule(name, module.train(model.training))
-    model.kernelhub_scheme = scheme
     return Quantized(scheme, found)
 
 
@@ -181,30 +180,30 @@ def _quantized(
     """Put the replacements into `made`, tell of each layer."""
     output = model.get_output_embeddings()
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind, cls = family.kind_of(module), type(module).__name__
         if any(name.startswith(f"{done}.") for done in made):
             continue  # a part of what has been replaced
-        if family.is_a(module, "mlp"):
-            why = families.mlp_refusal(module) or _mlp_refusal(module, scheme, group_size)
+        if kind == "mlp":
+            why = families.refusal(family, kind, module) or _mlp_refusal(module, scheme, group_size)
             if not why:
                 made[name] = _mlp(module, scheme, group_size)
-            yield Layer(name, kind, "fused_gemv", why)
-        elif family.is_a(module, "experts"):
+            yield Layer(name, cls, "fused_gemv", why)
+        elif kind == "experts":
             weights = (module.gate_up_proj, module.down_proj)
-            why = families.experts_refusal(module) or _refusal(scheme, group_size, *weights)
+            why = families.refusal(family, kind, module) or _refusal(scheme, group_size, *weights)
             if not why:
                 pairs = [_codes(weight, scheme, group_size) for weight in weights]
                 made[name] = QuantizedExperts(*pairs[0], *pairs[1])
-            yield Layer(name, kind, "fused_moe_gemv", why)
+            yield Layer(name, cls, "fused_moe_gemv", why)
         elif isinstance(module, nn.Linear):
             why = families.linear_refusal(module) or _refusal(scheme, group_size, module.weight)
             if module is output:
                 why = "the output layer keeps its weights"
             if not why:
                 made[name] = _linear(module, scheme, group_size)
-            yield Layer(name, kind, "fused_gemv", why)
+            yield Layer(name, cls, "fused_gemv", why)
         elif module._parameters:
-            yield Layer(name, kind, "", families.no_op(module))
+            yield Layer(name, cls, "", families.no_op(module))
 
 
 def _refusal(scheme: str, group_size: int | None, *weights: Tensor) -> str:
