@@ -203,6 +203,7 @@ def test_changed_linears_are_listed_and_stay() -> None:
     model = make("qwen2")
     mlp = model.model.layers[0].mlp
     mlp.up_proj.__class__ = Scaled
+    model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(96))
     down = mlp.down_proj
     down.forward = lambda x: torch.nn.functional.linear(x, down.weight) * 3
     stock = say(model)
@@ -214,6 +215,7 @@ def test_changed_linears_are_listed_and_stay() -> None:
     subclass = "what this subclass of nn.Linear adds is not known"
     assert reasons["model.layers.0.mlp.up_proj"] == subclass
     assert reasons["model.layers.0.mlp"] == f"'up_proj', a Scaled: {subclass}"
+    assert reasons["model.layers.1.mlp"] == "one of gate and up has a bias, the other has none"
     assert reasons["model.layers.0.mlp.down_proj"] == "its forward has been replaced"
 
 
