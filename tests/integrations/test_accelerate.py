@@ -255,6 +255,25 @@ def test_subclasses_of_a_familys_layers_are_listed_and_stay(name: str) -> None:
     assert (joined in {row.place for row in census.rows}) == (name != "mlp")
 
 
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "mlp.experts"])
+def test_a_layer_whose_forward_is_replaced_keeps_it(name: str) -> None:
+    model = make("deepseek_v3")
+    module, calls = model.model.layers[1].get_submodule(name), []
+    below = module.forward
+    module.forward = replacement = lambda *args, **kwargs: calls.append(1) or below(*args, **kwargs)
+    stock = say(model)
+    with accelerate(model) as accelerated:
+        assert vars(module)["forward"] is replacement
+        calls.clear()
+        said = say(model)
+    assert len(calls) == 8
+    assert {layer.name: layer.why for layer in accelerated.stock}[f"model.layers.1.{name}"] == (
+        "its forward has been replaced"
+    )
+    assert torch.equal(said.tokens, stock.tokens)
+    assert said.error(stock) < 1e-5
+
+
 def test_an_attention_that_does_not_call_the_familys_function_is_listed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
