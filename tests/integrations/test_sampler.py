@@ -25,14 +25,18 @@ def generate(model: Any, ids: torch.Tensor, sampler: Sampler, **options: Any) ->
 
 def test_it_forces_the_token_that_the_op_draws() -> None:
     scores = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)) * 2
-    options: dict[str, Any] = {"top_k": 20, "top_p": 0.8, "min_p": 0.01}
+    options: dict[str, Any] = {"top_k": 20, "top_p": 0.8, "min_p": 0.2}
     for seed in range(50):
         forced = Sampler(temperature=0.7, seed=seed, **options)(IDS, scores)
         probs = torch.softmax(scores / 0.7, -1)
-        expected = sample(probs, 20, 0.8, min_p=0.01, seed=seed, offset=4)
+        expected = sample(probs, 20, 0.8, min_p=0.2, seed=seed, offset=4)
         assert torch.equal(forced.argmax(-1), expected)
         assert forced.isfinite().sum() == 2
         assert forced.max() == 0
+        forced = Sampler(seed=[seed, -seed])(IDS, scores)
+        seeds, offsets = torch.tensor([seed, -seed]), torch.tensor([4, 4])
+        expected = sample(torch.softmax(scores, -1), 0, 1.0, seed=seeds, offset=offsets)
+        assert torch.equal(forced.argmax(-1), expected)
 
 
 def test_the_same_text_on_every_backend_and_another_for_another_seed() -> None:
