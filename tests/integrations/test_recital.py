@@ -15,7 +15,8 @@ from kernelhub.integrations.transformers import Sampler, accelerate, layers, qua
 from kernelhub.integrations.transformers.census import run
 from tests.integrations.recital import FOLDER, PROMPT, TEXT, load, recite, script
 
-ON_EMULATOR, WITH_FAULTS = 24, 200  # tokens: enough to tell
+ON_EMULATOR = 24  # tokens
+WITH_FAULTS = (50, 200)  # tokens: most faults show soon, some late
 WEIGHTS = ("bf16", "int4", "fp8")
 
 
@@ -106,10 +107,14 @@ def test_one_fault_and_it_loses_the_thread(fault: str, monkeypatch: pytest.Monke
     for module in (layers, quantized):
         monkeypatch.setattr(module, "run", faulty)
     model = load(weights)
-    with accelerate(model):
-        said = recite(model, WITH_FAULTS)[len(PROMPT) :]
-    right = sum(a == b for a, b in zip(said, TEXT[len(PROMPT) :], strict=False)) / len(said)
-    assert right < 0.75, (right, said)
+    right, said = 1.0, b""
+    for tokens in WITH_FAULTS:
+        with accelerate(model):
+            said = recite(model, tokens)[len(PROMPT) :]
+        right = sum(a == b for a, b in zip(said, TEXT[len(PROMPT) :], strict=False)) / len(said)
+        if right < 0.75:
+            return
+    raise AssertionError(f"{right:.0%} of the text is right: {said!r}")
 
 
 def test_what_ships() -> None:
