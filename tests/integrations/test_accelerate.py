@@ -84,6 +84,8 @@ def test_long_calls_run_the_models_own_code() -> None:
         if backend == "stock":
             assert {row.why for row in products} == {"more than 16 rows"}
             assert {row.op for row in products} == {"fused_gemv", "fused_moe_gemv"}
+            assert census.count("fused_gemv") == 0
+            assert census.count("fused_gemv", "stock") > 0
 
 
 @pytest.mark.parametrize("before", ["eager", "batched_mm", "grouped_mm"])
