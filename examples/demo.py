@@ -1,137 +1,132 @@
-"""Runs every op on shapes of real models, beside the float64 truth.
+"""A small language model recites its text through kernelhub: every backend that is here, bf16, int4
+and fp8 weights, beside transformers' own code.
 
-The backend is the one that kernelhub chooses on this machine; set KERNELHUB_BACKEND to force one.
+The model is a Qwen3-MoE of a million parameters over bytes (examples/recital), trained to recite.
+In a wrong rotary embedding, scale or routing it loses the thread at once.
 """
 
 from __future__ import annotations
 
-import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import kernelhub
-from kernelhub import quantize
-from kernelhub.testing import compare
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Call = tuple[str, str, dict[str, Any]]
+try:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    from kernelhub.integrations.transformers import Census, Sampler, accelerate, quantize
+except ImportError as error:
+    raise SystemExit(f"the demo needs the extra e2e (Python 3.11 or later): {error}") from error
 
-def normal(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape) * scale).bfloat16()
+RECITAL = Path(__file__).parent / "recital"
+TEXT = (RECITAL / "text.txt").read_bytes()
+PROMPT = TEXT[:10]
+EMULATED_TOKENS = 96  # the emulator runs each GPU thread on the CPU
+WEIGHTS = ("bf16", "int4", "fp8")
 
-
-def calls() -> Iterator[Call]:
-    """(op, what it is in the model, arguments)"""
-    hidden, intermediate = 4096, 14336
-    x = normal(1, hidden)
-    yield "fused_gemv", "Llama-3-8B attention output, bf16", {
-        "x": x, "weight": normal(hidden, hidden, scale=hidden**-0.5),
-    }  # fmt: skip
-    packed = quantize.quantize_int4(normal(2 * intermediate, hidden, scale=0.02), 128)
-    yield "fused_gemv", "Llama-3-8B gate-up with SwiGLU, int4", {
-        "x": x, "weight": packed[0], "weight_scale": packed[1], "activation": "swiglu",
-    }  # fmt: skip
-    experts, hidden, intermediate, k = 16, 2048, 768, 8
-    ids = torch.rand(4, experts).topk(k).indices
-    weight, scale = quantize.quantize_fp8(normal(experts, 2 * intermediate, hidden, scale=0.02))
-    yield "fused_moe_gemv", "Qwen3-30B-A3B experts gate-up, fp8 blocks (16 of 128 experts)", {
-        "x": normal(4, hidden), "weight": weight, "topk_ids": ids, "weight_scale": scale,
-        "activation": "swiglu",
-    }  # fmt: skip
-    yield "fused_moe_gemv", "Qwen3-30B-A3B experts down, summed, bf16 (16 of 128 experts)", {
-        "x": normal(4, k, intermediate),
-        "weight": normal(experts, hidden, intermediate, scale=0.02),
-        "topk_ids": ids, "topk_weights": torch.rand(4, k).softmax(-1), "reduce": True,
-    }  # fmt: skip
-    heads, kv_heads, size, tokens = 32, 8, 128, 64
-    qkv = normal(tokens, (heads + 2 * kv_heads) * size)
-    angles = torch.arange(4096)[:, None] * 500_000 ** (-torch.arange(0, size, 2) / size)
-    yield "rotary_embedding", "Llama-3-8B query and key, slices of packed QKV", {
-        "positions": torch.arange(1000, 1000 + tokens), "query": qkv[:, : heads * size],
-        "key": qkv[:, heads * size : (heads + kv_heads) * size], "head_size": size,
-        "cos_sin_cache": torch.cat([angles.cos(), angles.sin()], -1),
-    }  # fmt: skip
-    yield "fused_mul_add", "DeepSeek-V3 routed * 2.5 + shared", {
-        "x": normal(16, 7168), "bias": normal(16, 7168), "scale": 2.5,
-    }  # fmt: skip
-    probs = (torch.randn(2, 32_000) * 3).softmax(-1)
-    yield "top_k_top_p_sampling_from_probs", "Llama-2 vocabulary, top-k 40, top-p 0.9", {
-        "probs": probs, "top_k": 40, "top_p": 0.9, "seed": torch.tensor([7, 8]),
-    }  # fmt: skip
+console = Console()
 
 
-def copied(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Fresh tensors on a device; slices of one tensor become slices of one copy."""
-    storages: dict[int, Tensor] = {}
-
-    def copy(t: Tensor) -> Tensor:
-        base = t if t._base is None else t._base
-        if id(base) not in storages:
-            storages[id(base)] = base.clone().to(device)
-        return storages[id(base)].as_strided(t.shape, t.stride(), t.storage_offset())
-
-    return {n: copy(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+def load(weights: str, device: str = "cpu") -> Any:
+    """The model that ships, its weights bf16 (as in the file), fp32, int4 or fp8."""
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(RECITAL / "model", dtype=dtype)
+    if weights in ("int4", "fp8"):
+        quantize(model, weights)
+    return model.to(device)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        if DEVICE.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def backends() -> list[tuple[str, str]]:
+    """(device, backend) for all that can run here; says of the others why not."""
+    gemv, found = kernelhub.ops.fused_gemv, []
+    here = [kind for kind in ("cuda", "musa") if hasattr(torch, kind)]
+    devices = ["cpu", *(kind for kind in here if getattr(torch, kind).is_available())]
+    for backend in gemv.backends():
+        for device in dict.fromkeys([*devices, backend if backend in here else "cpu"]):
+            x = kernelhub.TensorDesc((1, 8), torch.float32, torch.device(device))
+            with kernelhub.use(backend):
+                selection = gemv.explain(x, x)
+            if selection.chosen is not None:
+                found.append((device, backend))
+        if backend not in [name for _, name in found]:
+            reasons = "; ".join(selection.candidates[0].reasons)
+            console.print(f"{backend} is left out: {reasons}", highlight=False, soft_wrap=True)
+    return found
 
 
-def row(name: str, what: str, arguments: dict[str, Any]) -> tuple[bool, list[str]]:
-    op, spec = kernelhub.op(name), kernelhub.op(name).spec
-    placed = copied(arguments, DEVICE)
-    selection = op.explain(**placed)
-    result = op(**placed)
-    written = [placed[p.name] for p in spec.params if p.role == "in_place" and p.name in placed]
-    outputs = ([] if result is None else [result]) + written
-    args = spec.bind(**copied(arguments, torch.device("cpu")))
-    truth = spec.oracle(args, None)
-    worst = max(compare(e, got) for e, got in zip(truth, outputs, strict=False))
-    spent = seconds(lambda: op(**placed))
-    exact = all(float(e.bound.abs().max()) == 0 for e in truth)
-    verdict = "exact" if exact and worst == 0 else f"{worst:.3f} of bound"
-    rate = spec.cost(args).bytes / spent / 1e9
-    mark = "[green]yes[/]" if worst <= 1 else "[red]NO[/]"
-    cells = [f"{name}\n[dim]{what}[/]", str(selection.backend), f"{spent * 1e3:.2f}", f"{rate:.1f}"]
-    return worst <= 1, [*cells, verdict, mark]
+def recite(model: Any, tokens: int, prompt: bytes = PROMPT, **options: Any) -> bytes:
+    ids = torch.tensor([list(prompt)], device=model.device)
+    made = model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+    return bytes(made[0].tolist())
 
 
 def main() -> int:
-    torch.manual_seed(0)
-    table = Table(title=f"kernelhub on {DEVICE} (torch {torch.__version__})", show_lines=True)
-    for column in ("op and its place in the model", "backend", "ms", "GB/s", "error", "correct"):
-        table.add_column(
-            column, justify="left" if column.startswith("op") else "right", overflow="fold"
-        )
-    verdicts = []
-    for name, what, arguments in calls():
-        good, cells = row(name, what, arguments)
-        verdicts.append(good)
-        table.add_row(*cells)
-    console = Console()
+    torch.set_num_threads(1)  # these matrices are too small to share
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", kernelhub.FallbackWarning)
+    start, right = time.perf_counter(), True
+    every = len(TEXT) - len(PROMPT)
+    stock = recite(load("bf16"), every)  # also warms torch up
+    begun = time.perf_counter()
+    stock = recite(load("bf16"), every)
+    spent = (time.perf_counter() - begun) / every
+    console.print(f"[bold]stock transformers, bf16, {spent * 1e3:.1f} ms a token[/]")
+    console.print(stock.decode(errors="replace"), highlight=False)
+    right &= stock == TEXT
+
+    table = Table(title="Through kernelhub")
+    for column in ("weights", "device", "backend", "tokens", "ms a token", "equal to stock's"):
+        right_hand = column in ("tokens", "ms a token")
+        table.add_column(column, justify="right" if right_hand else "left")
+    census, sampled = Census(), []
+    for device, backend in backends():
+        kernelhub.configure(backend)
+        tokens = EMULATED_TOKENS if backend == "simt" else every
+        for weights in WEIGHTS:
+            model = load(weights, device)
+            with accelerate(model):
+                recite(model, 1)
+                begun = time.perf_counter()
+                text = recite(model, tokens)
+                spent = (time.perf_counter() - begun) / tokens
+            equal = text == stock[: len(PROMPT) + tokens]
+            right &= equal
+            console.print(f"[bold]{weights} weights, {backend} on {device}[/]")
+            console.print(text.decode(errors="replace"), highlight=False)
+            mark = "[green]yes[/]" if equal else "[red]NO[/]"
+            table.add_row(weights, device, backend, str(tokens), f"{spent * 1e3:.1f}", mark)
+        model = load("bf16", device)
+        with accelerate(model, census=census):
+            recite(model, 4, prompt=TEXT[:40])
+        model, sampler = load("fp32", device), Sampler(temperature=2.0, seed=7, census=census)
+        with accelerate(model):
+            sampled.append(recite(model, 24, logits_processor=[sampler]))
+        kernelhub.configure()
     console.print(table)
+    right &= len(set(sampled)) == 1
     console.print(
-        "backend: who ran the op, chosen from the tensors' device.\n"
-        "error: largest distance from the float64 result, as a share of its bound.\n"
-        "Next: `kernelhub explain` says why a backend was chosen, `kernelhub check` runs\n"
-        "every case of every op, `kernelhub doctor` looks around."
+        f"sampled at temperature 2 with seed 7, on {len(sampled)} backends "
+        f"{'the same text' if len(set(sampled)) == 1 else '[red]DIFFERENT TEXTS[/]'}:"
     )
-    return 0 if all(verdicts) else 1
+    console.print(repr(sampled[0]), markup=False, highlight=False)
+    console.print(
+        "\n[bold]Who ran what[/] (a prompt of 40 bytes, 3 tokens more; 24 sampled tokens)"
+    )
+    console.print(str(census), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{time.perf_counter() - start:.0f} s. ", end="")
+    console.print("All tokens are stock's." if right else "[red]Some tokens are not stock's.[/]")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

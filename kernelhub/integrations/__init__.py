@@ -1,0 +1,1 @@
+"""kernelhub inside other libraries: one folder a library, imported by whoever wants it."""

@@ -1,0 +1,173 @@
+"""The families of models that are known: where their layers are and what they are called."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import ModuleType
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kernelhub.errors import ArgumentError
+from kernelhub.integrations.transformers import patches
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@attrs.frozen
+class Layer:
+    """A layer of a model and what becomes of it: the op that it runs through, or why none."""
+
+    name: str
+    kind: str
+    op: str
+    why: str = ""
+
+
+@attrs.frozen
+class Family:
+    """Names of a family's classes and functions in its modelling module."""
+
+    model_type: str
+    attention: str
+    rotary: tuple[str, ...]
+    mlp: str | None = None
+    experts: str | None = None
+    moe: str | None = None  # a block that adds shared experts to routed ones
+
+    @property
+    def module(self) -> ModuleType:
+        name = self.model_type
+        return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+    def kind_of(self, module: nn.Module) -> str | None:
+        """What a module is in the family, "attention" or "mlp" say; None where none of these."""
+        for kind in ("attention", "mlp", "experts", "moe"):
+            name = getattr(self, kind)
+            if name is not None and isinstance(module, getattr(self.module, name)):
+                return kind
+        return None
+
+
+_ROTARY = ("apply_rotary_pos_emb",)
+_FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaAttention", _ROTARY, mlp="LlamaMLP"),
+        Family("qwen2", "Qwen2Attention", _ROTARY, mlp="Qwen2MLP"),
+        Family("qwen3", "Qwen3Attention", _ROTARY, mlp="Qwen3MLP"),
+        Family(
+            "qwen3_moe", "Qwen3MoeAttention", _ROTARY, mlp="Qwen3MoeMLP", experts="Qwen3MoeExperts"
+        ),
+        Family("mixtral", "MixtralAttention", _ROTARY, experts="MixtralExperts"),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3Attention",
+            (*_ROTARY, "apply_rotary_pos_emb_interleave"),
+            mlp="DeepseekV3MLP",
+            experts="DeepseekV3Experts",
+            moe="DeepseekV3MoE",
+        ),
+    )
+}
+
+
+def family_of(function: str, model: Any) -> Family:
+    """The family of a model. Raises `ArgumentError` where it is of none."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model, PreTrainedModel) or model_type not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        got = f"{type(model).__name__} of model_type {model_type!r}"
+        raise ArgumentError(function, "model", f"a transformers model of {known}", got)
+    return _FAMILIES[model_type]
+
+
+def refusal(family: Family, kind: str, module: nn.Module) -> str:
+    """Why a module of a family's class for `kind` keeps its own code; empty where it need not."""
+    name = getattr(family, kind)
+    if type(module) is not getattr(family.module, name):
+        return f"what this subclass of {name} adds is not known"
+    if _replaced(module):
+        return "its forward has been replaced"
+    if kind == "attention":
+        return _attention_refusal(family, module)
+    return {"mlp": _mlp_refusal, "experts": experts_refusal, "moe": _moe_refusal}[kind](module)
+
+
+def _attention_refusal(family: Family, attention: nn.Module) -> str:
+    """Why an attention module's rotary embedding cannot be replaced."""
+    names = inspect.unwrap(type(attention).forward).__code__.co_names
+    if not any(name in names for name in family.rotary):
+        return f"its forward does not call {' or '.join(family.rotary)}"
+    return ""
+
+
+def _mlp_refusal(mlp: nn.Module) -> str:
+    """Why a gate-up MLP cannot run as one SwiGLU."""
+    parts: Any = mlp
+    for name in ("gate_proj", "up_proj"):
+        part = getattr(mlp, name)
+        why = linear_refusal(part) if isinstance(part, nn.Linear) else "not an nn.Linear"
+        if why:
+            return f"'{name}', a {type(part).__name__}: {why}"
+    if (parts.gate_proj.bias is None) != (parts.up_proj.bias is None):
+        return "one of gate and up has a bias, the other has none"
+    if parts.gate_proj.weight.dtype != parts.up_proj.weight.dtype:
+        return "gate and up are of two dtypes"
+    return _activation_refusal(mlp)
+
+
+def experts_refusal(experts: nn.Module) -> str:
+    """Why an experts module cannot run as SwiGLU and a weighted sum; empty where it can."""
+    layout: Any = experts
+    if not layout.has_gate or not layout.is_concatenated or layout.is_transposed:
+        return "its weights are not [E, gate rows then up rows, K]"
+    if layout.has_bias:
+        return "its experts have biases"
+    if getattr(layout, "has_post_expert_norm", False):  # not in every version
+        return "it normalises each expert's output"
+    return _activation_refusal(experts)
+
+
+def _activation_refusal(module: Any) -> str:
+    config = module.config
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is '{config.hidden_act}', the op's gated one is SwiGLU (silu)"
+    return ""
+
+
+def _moe_refusal(block: Any) -> str:
+    """Why a block's shared experts cannot be added by the op."""
+    for part, name in ((block, "shared_experts"), (block.gate, "routed_scaling_factor")):
+        if not hasattr(part, name):
+            return f"{type(part).__name__} has no '{name}'"
+    return ""
+
+
+def linear_refusal(linear: nn.Linear) -> str:
+    """Why an `nn.Linear` cannot run through GEMV; empty where it can."""
+    if type(linear) is not nn.Linear:
+        return "what this subclass of nn.Linear adds is not known"
+    if linear.weight.dtype not in FLOATS:
+        return f"weight of {str(linear.weight.dtype).removeprefix('torch.')}"
+    return "its forward has been replaced" if _replaced(linear) else ""
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether others than kernelhub have put a forward of their own on a module."""
+    return not isinstance(vars(module).get("forward"), (type(None), patches.Patch))
+
+
+def no_op(module: nn.Module) -> str:
+    """Why a module with weights of its own, of no kind that is known, has no op."""
+    if isinstance(module, nn.Embedding):
+        return "no op looks up embeddings"
+    if type(module).__name__.endswith("RMSNorm"):
+        return "no op normalises its input alone"
+    if type(module).__name__.endswith("Router"):
+        return "its product is a part of the routing, of no nn.Linear"
+    return "no op computes it"
