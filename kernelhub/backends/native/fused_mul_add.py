@@ -40,7 +40,7 @@ def make(launchers: Launchers) -> Implementation:
         ) -> Tensor:
             """torch's addition multiplies and adds in fp32 and is at the memory's roof."""
             result = empty(x) if out is None else out
-            return torch.add(bias, x, alpha=c_float(scale).value, out=result)
+            return torch.add(bias, x, alpha=c_float(float(scale)).value, out=result)
 
         if by_torch:
             return run_by_torch
