@@ -48,10 +48,15 @@ def binding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def _forget_launchers() -> None:
     for implementation in backend.implementations:
-        function: Any = implementation.target
-        for cell in function.__closure__:
-            if hasattr(cell.cell_contents, "_kernels"):
-                cell.cell_contents.clear()
+        prepare: Any = implementation.prepare
+        (launchers,) = (
+            cell.cell_contents
+            for cell in prepare.__closure__
+            if hasattr(cell.cell_contents, "_kernels")
+        )
+        launchers.clear()
+    with registry.lock:
+        registry.notify()  # drops what is prepared, which holds launchers
 
 
 @pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op}-{case.name}" for op, case in CASES])
