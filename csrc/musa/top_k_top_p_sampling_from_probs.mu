@@ -314,7 +314,7 @@ struct Shared {
   int turn[kMarks];  // the threads in whose bins the marks lie
   Edge edge[kMarks];
   int by_count, by_mass;  // thresholds, as bits
-  unsigned listed, few_listed;
+  unsigned listed, few_listed, told;
   bool marked;
 };
 
@@ -777,7 +777,7 @@ __device__ __forceinline__ unsigned copy_few(unsigned listed, unsigned low, unsi
                                              Shared& s) {
   if (threadIdx.x < kFew) s.group.bits[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
-    s.few_listed = 0;
+    s.few_listed = s.told = 0;
     s.by_count = s.by_mass = 0;
   }
   __syncthreads();
@@ -837,6 +837,12 @@ __device__ __forceinline__ void rank_few(const Pairs& own, Shared& s) {
   __syncthreads();
 }
 
+// Sets s.mark.mass_after to the mass of what is at least `bits`. Ties know it too: one tells.
+__device__ __forceinline__ void tell_mass(const Pairs& own, unsigned bits, uint64_t mass,
+                                          Shared& s) {
+  if (own.there && own.bits == bits && atomicAdd(&s.told, 1u) == 0) s.mark.mass_after = mass;
+}
+
 // The greatest of up to kFew values of s.group such that, with `count` and `mass` of what is
 // greater, a limit is reached.
 __device__ __forceinline__ Selected select_of_few(unsigned entries, uint64_t count, uint64_t mass,
@@ -851,7 +857,7 @@ __device__ __forceinline__ Selected select_of_few(unsigned entries, uint64_t cou
   if (lane() == 0 && most > 0) atomicMax(&s.by_count, most);
   __syncthreads();
   const unsigned selected = static_cast<unsigned>(s.by_count);
-  if (own.there && own.bits == selected) s.mark.mass_after = mass;
+  tell_mass(own, selected, mass, s);
   __syncthreads();
   return {selected, s.mark.mass_after, true};
 }
@@ -1117,7 +1123,7 @@ __device__ __forceinline__ bool draw_of_few(const Arguments& a, int64_t sample, 
   }
   if (r.has_p()) {
     if (r.of_survivors()) {
-      if (own.there && own.bits == kept) s.mark.mass_after = mass;
+      tell_mass(own, kept, mass, s);
       __syncthreads();
     }
     const uint64_t needed = needed_of(r.portion, r.needs_total() ? found.total : s.mark.mass_after);
