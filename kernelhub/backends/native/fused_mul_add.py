@@ -16,13 +16,25 @@ from kernelhub.backends.native.kernels import Launchers, maker, written
 from kernelhub.spec import Args
 
 
+def _by_torch(empty: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """torch's addition, which multiplies and adds in fp32 and is at the memory's roof."""
+
+    def run(x: Tensor, bias: Tensor, scale: float, out: Tensor | None) -> Tensor:
+        result = empty(x) if out is None else out
+        return torch.add(bias, x, alpha=c_float(scale).value, out=result)
+
+    return run
+
+
 def make(launchers: Launchers) -> Implementation:
     def prepare(a: Args) -> Callable[..., Tensor]:
         per_element = isinstance(a.scale, Tensor)
         shapes = {a.x.shape, a.bias.shape, *([a.scale.shape] if per_element else [])}
         shape = torch.broadcast_shapes(*shapes) if len(shapes) > 1 else a.x.shape
-        by_torch = a.x.device.type == "cuda" and not per_element
-        one_dim = len(shape) > MAX_DIMS and not by_torch
+        if a.x.device.type == "cuda" and not per_element:
+            return _by_torch(maker(a.x, shape, a.x.dtype))
+        launch = launchers[a.x.device]
+        one_dim = len(shape) > MAX_DIMS
         empty = maker(a.x, [math.prod(shape)] if one_dim else shape, a.x.dtype)
 
         def run(x: Tensor, bias: Tensor, scale: float | Tensor, out: Tensor | None) -> Tensor:
@@ -34,17 +46,6 @@ def make(launchers: Launchers) -> Implementation:
             if out is not None:
                 written((out,))
             return result
-
-        def run_by_torch(
-            x: Tensor, bias: Tensor, scale: float | Tensor, out: Tensor | None
-        ) -> Tensor:
-            """torch's addition multiplies and adds in fp32 and is at the memory's roof."""
-            result = empty(x) if out is None else out
-            return torch.add(bias, x, alpha=c_float(float(scale)).value, out=result)
-
-        if by_torch:
-            return run_by_torch
-        launch = launchers[a.x.device]
 
         def flat(value: Any) -> Any:
             return value.expand(shape).reshape(-1) if isinstance(value, Tensor) else value
