@@ -45,7 +45,8 @@ class Implementation:
         prepare: instead of a target, what makes one. For the arguments of a call, a function that
             runs it and all calls like it (of the same types, dtypes, devices, sizes, strides and
             numbers) and takes every argument by position. What those tell is then worked out once.
-            It keeps no tensor and relies on no address: those differ from call to call.
+            It keeps no tensor and relies on no address: those differ from call to call, and so do
+            numbers that the op takes as they come (`Param.any_number`).
         variant: tells several implementations of one op in one backend apart.
         device_types: the device types it runs on, where not the backend's.
         requires: modules that must be installed.

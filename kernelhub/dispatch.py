@@ -280,7 +280,10 @@ class Planned:
         """The function for a call whose key is not known, all arguments by position."""
         if key is None:
             return self.entry.run
-        run = self.entry.prepared(self.spec.bind(*values))
+        try:
+            run = self.entry.prepared(self.spec.without_numbers(self.spec.bind(*values)))
+        except TypeError:  # it read a number that no key tells
+            return self.entry.run
         _put(self.known, key, run)
         return run
 
@@ -330,15 +333,19 @@ class Table:
 
     def _keep(self, key: bytes, device: Device, run: Callable[..., Any], call: Args) -> None:
         ranking = self.ranking(device)
-        entry = ranking.pick(call)
-        if entry is None:
-            return
-        if ranking.depends_on_arguments:
-            if entry.backend.name == registry.REFERENCE:
-                return  # perhaps a fallback, of which more must be said than once
-            if (entry.name, str(device)) not in self._told:
+        call = self.spec.without_numbers(call)
+        try:
+            entry = ranking.pick(call)
+            if entry is None:
                 return
-        prepared = entry.prepared(call)
+            if ranking.depends_on_arguments:
+                if entry.backend.name == registry.REFERENCE:
+                    return  # perhaps a fallback, of which more must be said than once
+                if (entry.name, str(device)) not in self._told:
+                    return
+            prepared = entry.prepared(call)
+        except TypeError:  # a rule or `prepare` read a number that no key tells
+            return
         with registry.lock:
             still = self._rankings.get((device, ranking.wish)) is ranking
             if not still or self.by_device.get(device) is not run:

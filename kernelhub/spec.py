@@ -134,7 +134,8 @@ class Param:
 
     `types` lists the Python types allowed beside (or instead of) a tensor; `dtypes` is empty where
     no tensor is allowed. `ranks` is the allowed number of dimensions. `fixed` marks what stays the
-    same for the life of a layer (weights, options), which is what `op.plan` binds.
+    same for the life of a layer (weights, options), which is what `op.plan` binds. `any_number`
+    marks a number that the op's own check does not look at: one is as good as another (a seed).
     """
 
     name: str
@@ -146,6 +147,7 @@ class Param:
     choices: tuple[Any, ...] = ()
     optional: bool = False
     fixed: bool = False
+    any_number: bool = False
 
     @property
     def is_tensor(self) -> bool:
@@ -307,6 +309,17 @@ class OpSpec:
         self.check(args)
         return device
 
+    def without_numbers(self, args: Args) -> Args:
+        """The call with the numbers that calls alike do not share replaced by ones that cannot be
+        read: whoever tries gets a `TypeError`."""
+        values = (getattr(args, p.name) for p in self.params)
+        return self.bind(
+            *(
+                _Unread(type(value)) if p.any_number and type(value) in (int, float) else value
+                for p, value in zip(self.params, values, strict=True)
+            )
+        )
+
     def by_position(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the op's signature as one that takes every argument by position."""
         parameters = self.signature.parameters
@@ -352,6 +365,23 @@ def _args_class(op: str, signature: inspect.Signature) -> Callable[..., Args]:
     exec(compile(source, f"<kernelhub {op} arguments>", "exec"), namespace)
     made: Callable[..., Args] = namespace[f"{op}_args"]
     return made
+
+
+class _Unread:
+    """A number, for `isinstance`, that says nothing about its value."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._kind
+
+    def _read(self, *_: Any) -> Any:
+        raise TypeError(f"this {self._kind.__name__} differs between calls that are alike")
+
+    __bool__ = __int__ = __float__ = __index__ = __str__ = __repr__ = __format__ = _read
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _read
 
 
 class _Name:

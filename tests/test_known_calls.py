@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernelhub
 from kernelhub import ArgumentError, BackendUnavailable, dispatch, function, registry
+from kernelhub.backend import Backend, Implementation
 from kernelhub.backends.native import abi, library
 from kernelhub.spec import OpSpec
 from tests.toys import backend
@@ -300,6 +301,76 @@ def test_a_fallback_is_never_known(add_backend: Any, monkeypatch: pytest.MonkeyP
         with pytest.raises(BackendUnavailable, match="fallback=error"):
             op(*arguments())
         assert not table.known
+
+
+def test_calls_that_differ_in_a_number_that_nobody_checks_are_alike(mul_add: Any) -> None:
+    x, bias, _ = arguments()
+    for scale in (0.5, -3.0, 1e30, math.inf):
+        expected = torch.addcmul(bias, x, torch.full_like(x, scale))
+        torch.testing.assert_close(mul_add(x, bias, scale), expected)
+    assert len(known()) == 1
+    name = "top_k_top_p_sampling_from_probs"
+    sample, table = kernelhub.op(name).on("simt"), table_of(name, "simt")
+    table.clear()
+    probs = torch.full((1, 1000), 1e-3)
+    drawn = [int(sample(probs, 10**6 + n, 0.9, seed=n, offset=-n)) for n in range(8)]
+    assert len(table.known) == 1
+    table.clear()
+    exact = kernelhub.op(name).on("reference")
+    assert drawn == [int(exact(probs, 10**6, 0.9, seed=n, offset=-n)) for n in range(8)]
+    assert len(set(drawn)) > 4
+    with pytest.raises(ArgumentError, match="seed"):
+        sample(probs, 5, 0.9, seed=2**70, offset=0)
+    with pytest.raises(ArgumentError, match="top_p"):
+        sample(probs, 5, 1.5, seed=1, offset=0)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda n: n > 2,
+        lambda n: bool(n),
+        lambda n: n + 1.0,
+        lambda n: math.isnan(n),
+        lambda n: {n: 1},
+        lambda n: f"{n}",
+        lambda n: n in (1.0, 2.0),
+    ],
+)
+@pytest.mark.parametrize("reader", ["rejects", "prepare"])
+def test_who_reads_such_a_number_reads_that_of_every_call(
+    add_backend: Any, read: Callable[[Any], Any], reader: str
+) -> None:
+    seen: list[float] = []
+
+    def rejects(a: Any) -> list[str]:
+        if reader == "rejects" and isinstance(a.scale, float):
+            read(a.scale)
+            return ["too large"] if a.scale > 2 else []
+        return []
+
+    def prepare(a: Any) -> Callable[..., torch.Tensor]:
+        if reader == "prepare" and isinstance(a.scale, float):
+            read(a.scale)
+            seen.append(a.scale)
+        return lambda x, bias, scale, out: torch.full_like(x, 42.0)
+
+    implementation = Implementation("fused_mul_add", prepare=prepare, rejects=rejects)
+    add_backend(Backend("toy", (implementation,)))
+    op = kernelhub.op("fused_mul_add").on("toy,auto")
+    x, bias, _ = arguments()
+    for scale in (1.0, 1.0, 1.0, 3.0, 2.0):
+        expected = x * scale + bias
+        if reader == "prepare" or scale <= 2:
+            expected = torch.full_like(x, 42.0)
+        torch.testing.assert_close(op(x, bias, scale), expected)
+    assert seen == ([1.0, 1.0, 1.0, 3.0, 2.0] if reader == "prepare" else [])
+    if reader == "prepare":
+        seen.clear()
+        with kernelhub.use("toy"):
+            plan = kernelhub.op("fused_mul_add").plan(x, bias, 1.0)
+        assert plan(x, bias).tolist() == torch.full_like(x, 42.0).tolist()
+        assert seen == [1.0]
 
 
 def test_known_calls_are_bounded(mul_add: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,7 @@ typedef struct {
   PyObject *forward_ad, *level;      // module and name of its level, -1 where there is none
   int checks;
   Py_ssize_t num_fields;
-  char roles[kMaxFields];  // 'w' is written to
+  char roles[kMaxFields];  // 'w' is written to; of 'n' a number's type is told, not the number
 } Key;
 
 typedef struct {
@@ -345,7 +345,7 @@ static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_
 }
 
 // 1, or 0 where the value is nothing known.
-static int put_plain(const Key* self, PyObject* value, Text* to) {
+static int put_plain(const Key* self, PyObject* value, char role, Text* to) {
   if (value == Py_None) {
     put_char(to, 'N');
   } else if (PyBool_Check(value)) {
@@ -355,11 +355,11 @@ static int put_plain(const Key* self, PyObject* value, Text* to) {
     const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
     if (overflow != 0) return 0;
     put_char(to, 'i');
-    put_number(to, number);
+    if (role != 'n') put_number(to, number);
   } else if (PyFloat_CheckExact(value)) {
     const double number = PyFloat_AS_DOUBLE(value);
     put_char(to, 'f');
-    put(to, &number, sizeof(number));
+    if (role != 'n') put(to, &number, sizeof(number));
   } else if (PyUnicode_CheckExact(value)) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_AsUTF8AndSize(value, &size);
@@ -400,7 +400,7 @@ static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flag
     const int is_tensor = type == self->tensor_type || type == self->parameter_type;
     begin[i] = end[i] = 0;
     if (!(is_tensor ? put_tensor(self, values[i], self->roles[i], &text, &tensors[i], &wants_grad)
-                    : put_plain(self, values[i], &text))) {
+                    : put_plain(self, values[i], self->roles[i], &text))) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }

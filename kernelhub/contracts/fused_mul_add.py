@@ -221,7 +221,7 @@ SPEC = OpSpec(
     params=(
         Param("x", dtypes=FLOATS, shape="[...]"),
         Param("bias", dtypes=FLOATS, shape="[...]"),
-        Param("scale", dtypes=FLOATS, types=(float,), fixed=True),
+        Param("scale", dtypes=FLOATS, types=(float,), fixed=True, any_number=True),
         Param("out", "output", dtypes=FLOATS, optional=True),
     ),
     check=check,

@@ -647,7 +647,14 @@ SPEC = OpSpec(
     prototype=top_k_top_p_sampling_from_probs,
     params=(
         Param("probs", dtypes=FLOATS, ranks=range(2, 3), shape="[R, V]"),
-        Param("top_k", dtypes=INTS, ranks=range(1, 2), shape="[R]", types=(int,)),
+        Param(
+            "top_k",
+            dtypes=INTS,
+            ranks=range(1, 2),
+            shape="[R]",
+            types=(int,),
+            any_number=True,
+        ),
         Param("top_p", dtypes={torch.float32}, ranks=range(1, 2), shape="[R]", types=(float,)),
         Param(
             "min_p",
@@ -674,6 +681,7 @@ SPEC = OpSpec(
             shape="[B] or [1]",
             types=(int,),
             optional=True,
+            any_number=True,
         ),
         Param(
             "offset",
@@ -682,6 +690,7 @@ SPEC = OpSpec(
             shape="[B] or [1]",
             types=(int,),
             optional=True,
+            any_number=True,
         ),
         Param("return_valid", "attribute", types=(bool,), fixed=True),
     ),

@@ -137,7 +137,9 @@ def fast_binding() -> Any:
 def _key_of(binding: Any, spec: OpSpec, checks: bool = True) -> dispatch.KeyOf:
     written = spec.mutated
     key: dispatch.KeyOf = binding.Key(
-        roles="".join("w" if p.name in written else "r" for p in spec.params),
+        roles="".join(
+            "w" if p.name in written else "n" if p.any_number else "r" for p in spec.params
+        ),
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         dtype_type=torch.dtype,
