@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import kernelhub
 from kernelhub import quantize, registry
-from kernelhub.backends.native import tiles
-from kernelhub.errors import KernelError
+from kernelhub.backends.native import abi, tiles
+from kernelhub.errors import ArgumentError, KernelError
 from kernelhub.testing import run_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -27,48 +28,109 @@ def _healthy() -> Iterator[None]:
     torch.cuda.synchronize()  # raises what a test left behind on the device
 
 
-def rotary_arguments(tokens: int) -> dict[str, torch.Tensor | int]:
-    made = torch.Generator(device="cuda").manual_seed(tokens)
-    heads = {
-        name: torch.randn(tokens, n, 128, generator=made, device="cuda", dtype=torch.bfloat16)
-        for name, n in (("query", 32), ("key", 8))
-    }
+INTEGERS = {"positions": 4096, "topk_ids": 8, "weight": 256, "seed": 2**62, "offset": 2**62}
+"""Integer tensors of the examples, and the least number that is not in them."""
+
+
+def example(op: str, device: str = "cuda") -> dict[str, Any]:
+    """A call of an op, of some bytes to move, whose tensors `refill` fills."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    made: dict[str, Any]
+    if op == "rotary_embedding":
+        made = {
+            "positions": empty(7, dtype=torch.int64),
+            "query": empty(7, 32, 128),
+            "key": empty(7, 8, 128),
+            "head_size": 128,
+            "cos_sin_cache": empty(4096, 128, dtype=torch.float32),
+        }
+    elif op == "fused_gemv":
+        made = {
+            "x": empty(5, 2048),
+            "weight": empty(4096, 1024, dtype=torch.uint8),
+            "weight_scale": empty(4096, 16),
+            "activation": "swiglu",
+        }
+    elif op == "fused_moe_gemv":
+        made = {
+            "x": empty(5, 2048),
+            "weight": empty(8, 512, 1024, dtype=torch.uint8),
+            "topk_ids": empty(5, 3, dtype=torch.int32),
+            "topk_weights": empty(5, 3),
+            "weight_scale": empty(8, 512, 16),
+            "reduce": True,
+        }
+    elif op == "fused_mul_add":
+        made = {"x": empty(7, 2048), "bias": empty(7, 2048), "scale": 2.5}
+    else:
+        made = {
+            "probs": empty(3, 50257, dtype=torch.float32),
+            "top_k": 1000,
+            "top_p": 0.9,
+            "seed": empty(3, dtype=torch.int64),
+            "offset": empty(3, dtype=torch.int64),
+        }
+    refill(made, 0)
+    return made
+
+
+def refill(arguments: dict[str, Any], seed: int) -> None:
+    """Other numbers into the same memory."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            generator = torch.Generator(device=value.device).manual_seed(seed)
+            if value.dtype.is_floating_point:
+                value.uniform_(generator=generator)
+            else:
+                value.random_(0, INTEGERS[name], generator=generator)
+
+
+def copied(arguments: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
     return {
-        "positions": torch.arange(tokens, device="cuda"),
-        **heads,
-        "head_size": 128,
-        "cos_sin_cache": torch.randn(4096, 128, generator=made, device="cuda"),
+        k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v
+        for k, v in arguments.items()
     }
 
 
-def test_cuda_is_the_automatic_choice() -> None:
-    x = torch.ones(4, 8, device="cuda")
-    assert mul_add.explain(x, x, 2.0).backend == "cuda"
+def called(op: str, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """What a call returns, or writes to."""
+    result = kernelhub.op(op)(**arguments)
+    return [arguments["query"], arguments["key"]] if result is None else [result]
 
 
-def test_a_graph_replays_with_new_inputs() -> None:
-    arguments = rotary_arguments(7)
-    x, bias = torch.randn(7, 2048, device="cuda"), torch.randn(7, 2048, device="cuda")
-    rotary(**arguments)
-    mul_add(x, bias, 2.5)
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(f.cpu(), e.cpu()) for f, e in zip(found, expected, strict=True))
+
+
+every_op = pytest.mark.parametrize("op", abi.OPS)
+
+
+@every_op
+def test_cuda_is_the_automatic_choice(op: str) -> None:
+    assert kernelhub.op(op).explain(**example(op)).backend == "cuda"
+
+
+@every_op
+@pytest.mark.parametrize("known", [True, False], ids=["after a call", "at the first call"])
+def test_a_graph_replays_with_new_inputs(op: str, known: bool) -> None:
+    arguments = example(op)
+    kernelhub.op(op)(**copied(arguments))  # the library is there
+    if not known:
+        registry.notify()  # everything chosen and prepared is forgotten
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        rotary(**arguments)
-        result = mul_add(x, bias, 2.5)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        for name in ("query", "key"):
-            arguments[name].normal_()
-        arguments["positions"].random_(0, 4096)
-        x.normal_()
-        expected = {
-            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
-        }
-        rotary(**expected)
+        result = called(op, arguments)
+    seen = []
+    for seed in range(1, 6):
+        refill(arguments, seed)
+        expected = called(op, copied(arguments))
         graph.replay()
-        assert torch.equal(arguments["query"], expected["query"])
-        assert torch.equal(arguments["key"], expected["key"])
-        assert torch.equal(result, mul_add(x, bias, 2.5))
+        assert same(result, expected), seed
+        seen.append([t.clone() for t in result])
+    assert not all(same(other, seen[0]) for other in seen[1:])
 
 
 @pytest.mark.parametrize(("rows", "vocab_size"), [(2, 50257), (40, 3001)])
@@ -89,28 +151,61 @@ def test_a_graph_samples_anew(rows: int, vocab_size: int) -> None:
             assert torch.equal(tokens, sampling(probs, **call))
 
 
-def test_the_current_stream_is_used() -> None:
-    x, bias = torch.zeros(1 << 20, device="cuda"), torch.ones(1 << 20, device="cuda")
+@every_op
+def test_the_current_stream_is_used(op: str) -> None:
+    arguments, wanted = example(op), example(op)
+    refill(wanted, 1)
+    expected = called(op, copied(wanted))
+    called(op, copied(arguments))
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        x.fill_(3.0)
-        result = mul_add(x, bias, 2.0)
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(wanted[name], non_blocking=True)
+        result = called(op, arguments)
         assert not stream.query(), "the call waited for the device"
     stream.synchronize()
-    assert torch.equal(result, torch.full_like(result, 7.0))
+    assert same(result, expected)
 
 
-def test_several_threads() -> None:
-    wrong: list[int] = []
+@every_op
+def test_nothing_is_waited_for_or_allocated_beside_torch(op: str) -> None:
+    arguments = example(op)
+    called(op, copied(arguments))
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(200):
+            called(op, arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    assert before[0] - free <= reserved - before[1]
 
-    def work(seed: int) -> None:
-        made = torch.Generator(device="cuda").manual_seed(seed)
-        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
-            x = torch.randn(64, 1000, generator=made, device="cuda")
-            for scale in range(50):
-                if not torch.equal(mul_add(x, x, float(scale)), torch.add(x, x, alpha=scale)):
-                    wrong.append(seed)
+
+@every_op
+def test_several_threads(op: str) -> None:
+    expected = []
+    for seed in range(8):
+        arguments = example(op)
+        refill(arguments, seed)
+        expected.append([t.cpu() for t in called(op, arguments)])
+    wrong: list[Any] = []
+
+    def work(thread: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+                for n in range(24):
+                    arguments, seed = example(op), (thread + n) % 8
+                    refill(arguments, seed)
+                    if not same(called(op, arguments), expected[seed]):
+                        wrong.append((thread, n))
+        except Exception as error:
+            wrong.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -121,10 +216,33 @@ def test_several_threads() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_the_second_device() -> None:
-    x = torch.randn(5, 33, device="cuda:1")
-    torch.testing.assert_close(mul_add(x, x, 2.0), 3 * x)
+@every_op
+def test_the_second_device(op: str) -> None:
+    arguments = example(op, "cuda:1")
+    expected = called(op, copied(arguments, "cuda:0"))
+    assert same(called(op, copied(arguments, "cuda:1")), expected)
     assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        assert same(called(op, copied(arguments, "cuda:1")), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = called(op, arguments)
+        for seed in range(1, 4):
+            refill(arguments, seed)
+            expected = called(op, copied(arguments, "cuda:0"))
+            graph.replay()
+            assert same(result, expected)
+    assert same(called(op, copied(arguments, "cuda:0")), called(op, copied(arguments, "cuda:1")))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@every_op
+def test_tensors_of_two_devices_are_refused(op: str) -> None:
+    arguments = example(op)
+    last = [k for k, v in arguments.items() if isinstance(v, torch.Tensor)][-1]
+    arguments[last] = arguments[last].to("cuda:1")
+    with pytest.raises(ArgumentError, match=last):
+        kernelhub.op(op)(**arguments)
 
 
 def test_a_plan_with_tensors_of_another_place_is_an_error() -> None:
@@ -154,17 +272,24 @@ def test_more_than_2_31_elements() -> None:
 # torch's own inductor imports modules that warn of torch.jit, and captures an empty graph to begin.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_compiled_with_cuda_graphs() -> None:
-    x, bias = torch.randn(16, 2048, device="cuda"), torch.randn(16, 2048, device="cuda")
+@every_op
+def test_compiled_with_cuda_graphs(op: str) -> None:
+    def layer(arguments: dict[str, Any]) -> list[torch.Tensor]:
+        return [t + 1 for t in called(op, {k: _doubled(v) for k, v in arguments.items()})]
 
-    def layer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return mul_add(a * 2, b, 2.5) + 1
-
-    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.reset()
+    compiled, arguments = torch.compile(layer, fullgraph=True, mode="reduce-overhead"), example(op)
     with torch.no_grad():
-        for _ in range(4):
-            x.normal_()
-            torch.testing.assert_close(compiled(x, bias).clone(), layer(x, bias))
+        for seed in range(5):
+            refill(arguments, seed)
+            found = [t.clone() for t in compiled(arguments)]
+            assert same(found, layer(arguments)), seed
+
+
+def _doubled(value: Any) -> Any:
+    """What a graph computes before the op: that is then the graph's own memory."""
+    floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return value * 2 if floating else value
 
 
 # ---- GEMV --------------------------------------------------------------------------------------

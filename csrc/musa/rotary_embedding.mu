@@ -2,15 +2,13 @@
 // rotary_embedding: rotates the first rot_dim lanes of query and key heads in place, by the row of
 // the table of cosines and sines that belongs to the token.
 //
-// Bound by memory: 3 operations for a lane that is read and written once. A block row (blockIdx.x)
-// is a token, its threads share out the packs of pairs of all query and key heads; one launch
-// covers both tensors. Neox pairs lanes i and i + rot_dim/2: a thread takes one pack from either
-// half. GPT-J pairs neighbours: a thread takes one pack. A pack is 16 bytes where strides and
-// addresses allow it, one pair otherwise. The table's row stays in the L1 cache, which every head
-// rereads.
-//
-// 256 threads a block: a decode token of 40 heads of 128 lanes in bf16 fills 320 threads; not
-// tuned.
+// Bound by memory: 3 operations for a lane that is read and written once. blockIdx.x is a token,
+// threadIdx.y a head, of query or of key: one launch covers both; threadIdx.x a pack of pairs in
+// it, so that nothing is divided. Neox pairs lanes i and i + rot_dim/2: a thread takes one pack
+// from either half. GPT-J pairs neighbours: a thread takes one pack. A pack is 16 bytes where
+// strides and addresses allow it, one pair otherwise. A thread asks for its lanes before it knows
+// the table's row, whose number must come from memory first. The row stays in the L1 cache, which
+// every head rereads.
 #include "launcher.muh"
 
 namespace kh {
@@ -18,7 +16,10 @@ namespace {
 
 // ---- layout ---------------------------------------------------------------------------------
 
-constexpr int kThreads = 256;
+#ifndef KH_ROTARY_THREADS
+#define KH_ROTARY_THREADS 512
+#endif
+constexpr int kThreads = KH_ROTARY_THREADS;
 
 // Strides count elements. Tokens are [batches, tokens_a_batch]; batches is 1 for positions [T].
 struct Heads {
@@ -70,66 +71,91 @@ __device__ __forceinline__ Pair rotate(float x, float y, float c, float s) {
   return {fmaf(x, c, -__fmul_rn(y, s)), fmaf(y, c, __fmul_rn(x, s))};
 }
 
-// kPack pairs of one head; kPack > 1 asks for lane and column strides of 1 and aligned packs.
-template <class T, class C, bool kNeox, int kPack>
-__device__ __forceinline__ void rotate_pack(T* head, int64_t lane_stride, const C* row,
-                                            const Rotation& r, int64_t first) {
+template <int kPack>
+struct Turns {
+  float cosines[kPack], sines[kPack];
+};
+
+// What row `number` of the table says of kPack pairs; kPack > 1 asks for a column stride of 1 and
+// aligned packs.
+template <class C, int kPack>
+__device__ __forceinline__ Turns<kPack> turns_of(const Rotation& r, int64_t number, int64_t first) {
+  const C* row = static_cast<const C*>(r.table) + number * r.row_stride;
+  Turns<kPack> turns;
   if constexpr (kPack == 1) {
-    T* x = head + (kNeox ? first : 2 * first) * lane_stride;
-    T* y = x + (kNeox ? r.half : 1) * lane_stride;
-    const float c = to_float(row[first * r.column_stride]);
-    const float s = to_float(row[(r.half + first) * r.column_stride]);
-    const Pair turned = rotate(to_float(*x), to_float(*y), c, s);
-    *x = from_float<T>(turned.x);
-    *y = from_float<T>(turned.y);
+    turns.cosines[0] = to_float(row[first * r.column_stride]);
+    turns.sines[0] = to_float(row[(r.half + first) * r.column_stride]);
   } else {
     const Pack<C, kPack> cosines = load<kPack>(row + first);
     const Pack<C, kPack> sines = load<kPack>(row + r.half + first);
-    if constexpr (kNeox) {
-      Pack<T, kPack> xs = load<kPack>(head + first);
-      Pack<T, kPack> ys = load<kPack>(head + r.half + first);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const Pair turned = rotate(to_float(xs.at[i]), to_float(ys.at[i]), to_float(cosines.at[i]),
-                                   to_float(sines.at[i]));
-        xs.at[i] = from_float<T>(turned.x);
-        ys.at[i] = from_float<T>(turned.y);
-      }
-      store<kPack>(head + first, xs);
-      store<kPack>(head + r.half + first, ys);
-    } else {
-      Pack<T, 2 * kPack> pairs = load<2 * kPack>(head + 2 * first);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const Pair turned = rotate(to_float(pairs.at[2 * i]), to_float(pairs.at[2 * i + 1]),
-                                   to_float(cosines.at[i]), to_float(sines.at[i]));
-        pairs.at[2 * i] = from_float<T>(turned.x);
-        pairs.at[2 * i + 1] = from_float<T>(turned.y);
-      }
-      store<2 * kPack>(head + 2 * first, pairs);
+    for (int i = 0; i < kPack; ++i) {
+      turns.cosines[i] = to_float(cosines.at[i]);
+      turns.sines[i] = to_float(sines.at[i]);
     }
+  }
+  return turns;
+}
+
+// kPack pairs of one head, by row `number` of the table, or not at all where that is negative.
+// kPack > 1 asks for a lane stride of 1 and aligned packs.
+template <class T, class C, bool kNeox, int kPack>
+__device__ __forceinline__ void rotate_pack(T* head, int64_t lane_stride, const Rotation& r,
+                                            int64_t number, int64_t first) {
+  if constexpr (kPack == 1) {
+    T* x = head + (kNeox ? first : 2 * first) * lane_stride;
+    T* y = x + (kNeox ? r.half : 1) * lane_stride;
+    const float old_x = to_float(*x), old_y = to_float(*y);
+    if (number < 0) return;
+    const Turns<1> turns = turns_of<C, 1>(r, number, first);
+    const Pair turned = rotate(old_x, old_y, turns.cosines[0], turns.sines[0]);
+    *x = from_float<T>(turned.x);
+    *y = from_float<T>(turned.y);
+  } else if constexpr (kNeox) {
+    Pack<T, kPack> xs = load<kPack>(head + first);
+    Pack<T, kPack> ys = load<kPack>(head + r.half + first);
+    if (number < 0) return;
+    const Turns<kPack> turns = turns_of<C, kPack>(r, number, first);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const Pair turned =
+          rotate(to_float(xs.at[i]), to_float(ys.at[i]), turns.cosines[i], turns.sines[i]);
+      xs.at[i] = from_float<T>(turned.x);
+      ys.at[i] = from_float<T>(turned.y);
+    }
+    store<kPack>(head + first, xs);
+    store<kPack>(head + r.half + first, ys);
+  } else {
+    Pack<T, 2 * kPack> pairs = load<2 * kPack>(head + 2 * first);
+    if (number < 0) return;
+    const Turns<kPack> turns = turns_of<C, kPack>(r, number, first);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const Pair turned = rotate(to_float(pairs.at[2 * i]), to_float(pairs.at[2 * i + 1]),
+                                 turns.cosines[i], turns.sines[i]);
+      pairs.at[2 * i] = from_float<T>(turned.x);
+      pairs.at[2 * i + 1] = from_float<T>(turned.y);
+    }
+    store<2 * kPack>(head + 2 * first, pairs);
   }
 }
 
 template <class T, class C, bool kNeox, int kPack>
 __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(Rotation r) {
-  const int64_t packs_a_head = r.half / kPack;
-  const int64_t packs = r.heads * packs_a_head;
+  const int64_t packs = r.half / kPack;
   for (int64_t t = blockIdx.x; t < r.tokens; t += gridDim.x) {
-    const int64_t batch = t / r.tokens_a_batch;
+    const int64_t batch = r.tokens == r.tokens_a_batch ? 0 : t / r.tokens_a_batch;
     const int64_t token = t - batch * r.tokens_a_batch;
     const int64_t number = row_of(r, batch, token);
-    if (number < 0) continue;
-    const C* row = static_cast<const C*>(r.table) + number * r.row_stride;
-    for (int64_t pack = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; pack < packs;
-         pack += static_cast<int64_t>(gridDim.y) * kThreads) {
-      const int64_t number_of_head = pack / packs_a_head;
-      const int64_t first = (pack - number_of_head * packs_a_head) * kPack;
-      const bool in_query = number_of_head < r.query_heads;
+    // Heads of query, then those of key.
+    for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; i < r.heads;
+         i += static_cast<int64_t>(gridDim.y) * blockDim.y) {
+      const bool in_query = i < r.query_heads;
       const Heads& h = in_query ? r.query : r.key;
       T* head = static_cast<T*>(h.data) + batch * h.batch_stride + token * h.token_stride +
-                (in_query ? number_of_head : number_of_head - r.query_heads) * h.head_stride;
-      rotate_pack<T, C, kNeox, kPack>(head, h.lane_stride, row, r, first);
+                (in_query ? i : i - r.query_heads) * h.head_stride;
+      for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x)
+        rotate_pack<T, C, kNeox, kPack>(head, h.lane_stride, r, number, pack * kPack);
     }
   }
 }
@@ -169,13 +195,15 @@ int run(const Rotation& r, stream_t stream) {
                      r.column_stride == 1 && aligned(r.table, kTableBytes) &&
                      r.row_stride * sizeof(C) % kTableBytes == 0 &&
                      r.half * sizeof(C) % kTableBytes == 0;
-  const int64_t threads = r.heads * (packs ? r.half / kPack : r.half);
-  const int64_t rows = ceil_div(threads, kThreads);
+  // As many heads to a block as it has threads for, and as many to each block of a token.
+  const int64_t a_head = packs ? r.half / kPack : r.half;
+  const int64_t width = a_head < kThreads ? a_head : kThreads;
+  const int64_t rows = ceil_div(r.heads, kThreads / width);
+  const dim3 block(static_cast<unsigned>(width), static_cast<unsigned>(ceil_div(r.heads, rows)));
   const dim3 grid(static_cast<unsigned>(r.tokens < kMaxGridX ? r.tokens : kMaxGridX),
                   static_cast<unsigned>(rows < kMaxGridY ? rows : kMaxGridY));
-  if (packs)
-    return launch(rotary_embedding_kernel<T, C, kNeox, kPack>, grid, dim3(kThreads), 0, stream, r);
-  return launch(rotary_embedding_kernel<T, C, kNeox, 1>, grid, dim3(kThreads), 0, stream, r);
+  if (packs) return launch(rotary_embedding_kernel<T, C, kNeox, kPack>, grid, block, 0, stream, r);
+  return launch(rotary_embedding_kernel<T, C, kNeox, 1>, grid, block, 0, stream, r);
 }
 
 int32_t check(const kh_rotary_embedding_args& a, int token_dims, int64_t head_size) {

@@ -176,6 +176,9 @@ def _shapes() -> dict[str, _Make]:
         "odd-head-size": partial(_call, tokens=(5,), head_size=7, rot_dim=6, dtype=half),
         "two-of-many-lanes": partial(_call, head_size=130, rot_dim=2, is_neox=False),
         "head-size-512": partial(_call, tokens=(1,), heads=(1, 1), head_size=512, dtype=bf16),
+        "more-pairs-than-threads": partial(
+            _call, tokens=(2,), heads=(2, 1), head_size=1040, rot_dim=1038
+        ),
         "seventeen-tokens": partial(_call, tokens=(17,), heads=(1, 1), head_size=8, dtype=bf16),
         "more-keys-than-queries": partial(_call, heads=(2, 9), head_size=16, dtype=half),
         "one-query-many-keys": partial(_call, heads=(1, 33), head_size=8, is_neox=False),

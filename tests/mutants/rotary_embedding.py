@@ -73,13 +73,13 @@ KERNEL_MUTANTS = (
     Mutant(
         "query-heads-only",
         _KERNEL,
-        "packs = r.heads * packs_a_head",
-        "packs = r.query_heads * packs_a_head",
+        "threadIdx.y; i < r.heads;",
+        "threadIdx.y; i < r.query_heads;",
     ),
     Mutant(
         "key-heads-not-counted", _KERNEL, "r.heads += num_heads(a.key, token_dims, head_size);", ""
     ),
-    Mutant("key-from-query-head", _KERNEL, "number_of_head - r.query_heads)", "number_of_head)"),
+    Mutant("key-from-query-head", _KERNEL, "(in_query ? i : i - r.query_heads)", "i"),
     Mutant("sign-of-sine", _KERNEL, "fmaf(x, c, -__fmul_rn(y, s))", "fmaf(x, c, __fmul_rn(y, s))"),
     Mutant(
         "sine-from-cosine",
@@ -93,6 +93,8 @@ KERNEL_MUTANTS = (
         "load<kPack>(row + r.half + first)",
         "load<kPack>(row + first)",
     ),
+    Mutant("heads-past-a-block", _KERNEL, "blockIdx.y) * blockDim.y", "blockIdx.y) * gridDim.y"),
+    Mutant("packs-past-a-block", _KERNEL, "pack += blockDim.x", "pack += packs"),
     Mutant(
         "lane-stride-ignored",
         _KERNEL,
