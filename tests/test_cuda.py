@@ -170,6 +170,7 @@ def test_the_current_stream_is_used(op: str) -> None:
     assert same(result, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @every_op
 def test_nothing_is_waited_for_or_allocated_beside_torch(op: str) -> None:
     arguments = example(op)

@@ -2,13 +2,17 @@
 // rotary_embedding: rotates the first rot_dim lanes of query and key heads in place, by the row of
 // the table of cosines and sines that belongs to the token.
 //
-// Bound by memory: 3 operations for a lane that is read and written once. blockIdx.x is a token,
-// threadIdx.y a head, of query or of key: one launch covers both; threadIdx.x a pack of pairs in
-// it, so that nothing is divided. Neox pairs lanes i and i + rot_dim/2: a thread takes one pack
-// from either half. GPT-J pairs neighbours: a thread takes one pack. A pack is 16 bytes where
-// strides and addresses allow it, one pair otherwise. A thread asks for its lanes before it knows
-// the table's row, whose number must come from memory first. The row stays in the L1 cache, which
-// every head rereads.
+// Bound by memory: 3 operations for a lane that is read and written once. A block's dimensions are
+// packs of pairs in a head and heads, of query and of key: one launch covers both, and nothing is
+// divided. Neox pairs lanes i and i + rot_dim/2: a thread takes one pack from either half. GPT-J
+// pairs neighbours: a thread takes one pack of lanes. A pack is 16 bytes where strides and
+// addresses allow it, one pair otherwise. A thread asks for its lanes before it knows the table's
+// row, whose number must come from memory first. The row stays in the L1 cache, which every head
+// rereads.
+//
+// Where tokens are few the time is that of instructions which each run once: so the usual call, of
+// one dimension of tokens and packs, has a kernel without loops and with 32-bit strides. Its blocks
+// follow each other in memory. Tuned on an H200; four heads to a thread take twice as long.
 #include "launcher.muh"
 
 namespace kh {
@@ -16,10 +20,8 @@ namespace {
 
 // ---- layout ---------------------------------------------------------------------------------
 
-#ifndef KH_ROTARY_THREADS
-#define KH_ROTARY_THREADS 512
-#endif
-constexpr int kThreads = KH_ROTARY_THREADS;
+constexpr int kThreads = 128;
+constexpr int kBlocks = 12;  // to a multiprocessor, so that the usual kernel has 40 registers
 
 // Strides count elements. Tokens are [batches, tokens_a_batch]; batches is 1 for positions [T].
 struct Heads {
@@ -76,46 +78,73 @@ struct Turns {
   float cosines[kPack], sines[kPack];
 };
 
-// What row `number` of the table says of kPack pairs; kPack > 1 asks for a column stride of 1 and
-// aligned packs.
+// What a row of the table says of kPack pairs; it is packed from `row` on.
 template <class C, int kPack>
-__device__ __forceinline__ Turns<kPack> turns_of(const Rotation& r, int64_t number, int64_t first) {
-  const C* row = static_cast<const C*>(r.table) + number * r.row_stride;
+__device__ __forceinline__ Turns<kPack> turns_at(const C* row, int64_t half) {
+  const Pack<C, kPack> cosines = load<kPack>(row);
+  const Pack<C, kPack> sines = load<kPack>(row + half);
   Turns<kPack> turns;
-  if constexpr (kPack == 1) {
-    turns.cosines[0] = to_float(row[first * r.column_stride]);
-    turns.sines[0] = to_float(row[(r.half + first) * r.column_stride]);
-  } else {
-    const Pack<C, kPack> cosines = load<kPack>(row + first);
-    const Pack<C, kPack> sines = load<kPack>(row + r.half + first);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      turns.cosines[i] = to_float(cosines.at[i]);
-      turns.sines[i] = to_float(sines.at[i]);
-    }
+  for (int i = 0; i < kPack; ++i) {
+    turns.cosines[i] = to_float(cosines.at[i]);
+    turns.sines[i] = to_float(sines.at[i]);
   }
   return turns;
 }
 
-// kPack pairs of one head, by row `number` of the table, or not at all where that is negative.
-// kPack > 1 asks for a lane stride of 1 and aligned packs.
-template <class T, class C, bool kNeox, int kPack>
-__device__ __forceinline__ void rotate_pack(T* head, int64_t lane_stride, const Rotation& r,
-                                            int64_t number, int64_t first) {
-  if constexpr (kPack == 1) {
-    T* x = head + (kNeox ? first : 2 * first) * lane_stride;
-    T* y = x + (kNeox ? r.half : 1) * lane_stride;
-    const float old_x = to_float(*x), old_y = to_float(*y);
-    if (number < 0) return;
-    const Turns<1> turns = turns_of<C, 1>(r, number, first);
-    const Pair turned = rotate(old_x, old_y, turns.cosines[0], turns.sines[0]);
-    *x = from_float<T>(turned.x);
-    *y = from_float<T>(turned.y);
-  } else if constexpr (kNeox) {
-    Pack<T, kPack> xs = load<kPack>(head + first);
-    Pack<T, kPack> ys = load<kPack>(head + r.half + first);
-    if (number < 0) return;
-    const Turns<kPack> turns = turns_of<C, kPack>(r, number, first);
+// The same of row `number`; kPack > 1 asks for a column stride of 1 and aligned packs.
+template <class C, int kPack>
+__device__ __forceinline__ Turns<kPack> turns_of(const Rotation& r, int64_t number, int64_t first) {
+  const C* row = static_cast<const C*>(r.table) + number * r.row_stride;
+  if constexpr (kPack > 1) return turns_at<C, kPack>(row + first, r.half);
+  return {{to_float(row[first * r.column_stride])},
+          {to_float(row[(r.half + first) * r.column_stride])}};
+}
+
+// The lanes of kPack pairs; kPack > 1 asks for a lane stride of 1 and aligned packs.
+template <class T, bool kNeox, int kPack>
+struct Lanes {
+  Pack<T, kPack> xs, ys;
+
+  __device__ __forceinline__ void read(const T* head, int64_t stride, int64_t half, int64_t first) {
+    if constexpr (kPack == 1) {
+      const T* x = head + (kNeox ? first : 2 * first) * stride;
+      xs.at[0] = *x;
+      ys.at[0] = x[(kNeox ? half : 1) * stride];
+    } else if constexpr (kNeox) {
+      xs = load<kPack>(head + first);
+      ys = load<kPack>(head + half + first);
+    } else {
+      const Pack<T, 2 * kPack> pairs = load<2 * kPack>(head + 2 * first);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        xs.at[i] = pairs.at[2 * i];
+        ys.at[i] = pairs.at[2 * i + 1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(T* head, int64_t stride, int64_t half,
+                                        int64_t first) const {
+    if constexpr (kPack == 1) {
+      T* x = head + (kNeox ? first : 2 * first) * stride;
+      *x = xs.at[0];
+      x[(kNeox ? half : 1) * stride] = ys.at[0];
+    } else if constexpr (kNeox) {
+      store<kPack>(head + first, xs);
+      store<kPack>(head + half + first, ys);
+    } else {
+      Pack<T, 2 * kPack> pairs;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        pairs.at[2 * i] = xs.at[i];
+        pairs.at[2 * i + 1] = ys.at[i];
+      }
+      store<2 * kPack>(head + 2 * first, pairs);
+    }
+  }
+
+  __device__ __forceinline__ void rotate_by(const Turns<kPack>& turns) {
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       const Pair turned =
@@ -123,29 +152,17 @@ __device__ __forceinline__ void rotate_pack(T* head, int64_t lane_stride, const 
       xs.at[i] = from_float<T>(turned.x);
       ys.at[i] = from_float<T>(turned.y);
     }
-    store<kPack>(head + first, xs);
-    store<kPack>(head + r.half + first, ys);
-  } else {
-    Pack<T, 2 * kPack> pairs = load<2 * kPack>(head + 2 * first);
-    if (number < 0) return;
-    const Turns<kPack> turns = turns_of<C, kPack>(r, number, first);
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const Pair turned = rotate(to_float(pairs.at[2 * i]), to_float(pairs.at[2 * i + 1]),
-                                 turns.cosines[i], turns.sines[i]);
-      pairs.at[2 * i] = from_float<T>(turned.x);
-      pairs.at[2 * i + 1] = from_float<T>(turned.y);
-    }
-    store<2 * kPack>(head + 2 * first, pairs);
   }
-}
+};
 
+// Any call.
 template <class T, class C, bool kNeox, int kPack>
 __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(Rotation r) {
   const int64_t packs = r.half / kPack;
+  await_last();
+  let_next_come();
   for (int64_t t = blockIdx.x; t < r.tokens; t += gridDim.x) {
-    const int64_t batch = r.tokens == r.tokens_a_batch ? 0 : t / r.tokens_a_batch;
-    const int64_t token = t - batch * r.tokens_a_batch;
+    const int64_t batch = t / r.tokens_a_batch, token = t - batch * r.tokens_a_batch;
     const int64_t number = row_of(r, batch, token);
     // Heads of query, then those of key.
     for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; i < r.heads;
@@ -154,10 +171,48 @@ __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(Rotation r) 
       const Heads& h = in_query ? r.query : r.key;
       T* head = static_cast<T*>(h.data) + batch * h.batch_stride + token * h.token_stride +
                 (in_query ? i : i - r.query_heads) * h.head_stride;
-      for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x)
-        rotate_pack<T, C, kNeox, kPack>(head, h.lane_stride, r, number, pack * kPack);
+      for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x) {
+        Lanes<T, kNeox, kPack> lanes;
+        lanes.read(head, h.lane_stride, r.half, pack * kPack);
+        if (number < 0) continue;
+        lanes.rotate_by(turns_of<C, kPack>(r, number, pack * kPack));
+        lanes.write(head, h.lane_stride, r.half, pack * kPack);
+      }
     }
   }
+}
+
+// A call of packs, of positions [T] without offsets, that a grid covers at once.
+struct Plain {
+  void *query, *key;
+  const void *positions, *table;
+  int query_token, query_head, key_token, key_head, position, row;  // strides
+  int tokens, query_heads, heads, half, num_rows;
+  bool wide;
+};
+
+template <class T, class C, bool kNeox, int kPack>
+__global__ void __launch_bounds__(kThreads, kBlocks) plain_kernel(Plain p) {
+  const int token = static_cast<int>(blockIdx.z * gridDim.y + blockIdx.y);
+  const int i = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y);
+  const int first = static_cast<int>(threadIdx.x) * kPack;
+  if (i >= p.heads || token >= p.tokens) return;
+  const bool in_query = i < p.query_heads;
+  const int64_t offset = static_cast<int64_t>(token) * (in_query ? p.query_token : p.key_token) +
+                         static_cast<int64_t>(in_query ? i : i - p.query_heads) *
+                             (in_query ? p.query_head : p.key_head);
+  T* head = static_cast<T*>(in_query ? p.query : p.key) + offset;
+  await_last();
+  let_next_come();
+  Lanes<T, kNeox, kPack> lanes;
+  lanes.read(head, 1, p.half, first);
+  const int64_t number =
+      read_integer(p.positions, p.wide, static_cast<int64_t>(token) * p.position);
+  if (static_cast<uint64_t>(number) >= static_cast<uint64_t>(p.num_rows)) return;
+  const C* row = static_cast<const C*>(p.table) +
+                 static_cast<int64_t>(static_cast<int>(number)) * p.row + first;
+  lanes.rotate_by(turns_at<C, kPack>(row, p.half));
+  lanes.write(head, 1, p.half, first);
 }
 
 // ---- launcher -------------------------------------------------------------------------------
@@ -195,15 +250,42 @@ int run(const Rotation& r, stream_t stream) {
                      r.column_stride == 1 && aligned(r.table, kTableBytes) &&
                      r.row_stride * sizeof(C) % kTableBytes == 0 &&
                      r.half * sizeof(C) % kTableBytes == 0;
-  // As many heads to a block as it has threads for, and as many to each block of a token.
   const int64_t a_head = packs ? r.half / kPack : r.half;
   const int64_t width = a_head < kThreads ? a_head : kThreads;
-  const int64_t rows = ceil_div(r.heads, kThreads / width);
-  const dim3 block(static_cast<unsigned>(width), static_cast<unsigned>(ceil_div(r.heads, rows)));
+  const int64_t height = r.heads < kThreads / width ? r.heads : kThreads / width;
+  const int64_t rows = ceil_div(r.heads, height);
+  const dim3 block(static_cast<unsigned>(width), static_cast<unsigned>(height));
+  bool fits = true;
+  const auto narrow = [&](int64_t v) {
+    fits = fits && v == static_cast<int32_t>(v);
+    return static_cast<int>(v);
+  };
+  Plain p = {r.query.data, r.key.data, r.positions.data, r.table};
+  p.wide = r.positions.wide;
+  p.query_token = narrow(r.query.token_stride);
+  p.query_head = narrow(r.query.head_stride);
+  p.key_token = narrow(r.key.token_stride);
+  p.key_head = narrow(r.key.head_stride);
+  p.position = narrow(r.positions.token_stride);
+  p.row = narrow(r.row_stride);
+  p.tokens = narrow(r.tokens);
+  p.query_heads = narrow(r.query_heads);
+  p.heads = narrow(r.heads);
+  p.half = narrow(r.half);
+  p.num_rows = narrow(r.num_rows);
+  const int64_t columns = r.tokens < kMaxGridY ? r.tokens : kMaxGridY;
+  const int64_t layers = ceil_div(r.tokens, columns);
+  if (fits && packs && a_head <= kThreads && layers <= kMaxGridY && r.tokens == r.tokens_a_batch &&
+      r.offsets.data == nullptr) {
+    const dim3 all(static_cast<unsigned>(rows), static_cast<unsigned>(columns),
+                   static_cast<unsigned>(layers));
+    return launch_early(plain_kernel<T, C, kNeox, kPack>, all, block, 0, stream, p);
+  }
   const dim3 grid(static_cast<unsigned>(r.tokens < kMaxGridX ? r.tokens : kMaxGridX),
                   static_cast<unsigned>(rows < kMaxGridY ? rows : kMaxGridY));
-  if (packs) return launch(rotary_embedding_kernel<T, C, kNeox, kPack>, grid, block, 0, stream, r);
-  return launch(rotary_embedding_kernel<T, C, kNeox, 1>, grid, block, 0, stream, r);
+  const auto queue = [&](auto kernel) { return launch_early(kernel, grid, block, 0, stream, r); };
+  if (packs) return queue(rotary_embedding_kernel<T, C, kNeox, kPack>);
+  return queue(rotary_embedding_kernel<T, C, kNeox, 1>);
 }
 
 int32_t check(const kh_rotary_embedding_args& a, int token_dims, int64_t head_size) {

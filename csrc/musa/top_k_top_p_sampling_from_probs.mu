@@ -55,6 +55,13 @@ static_assert(kBins % kThreads == 0, "every thread takes as many bins");
 constexpr int kExactBits = 9;
 constexpr int kExactBins = 1 << kExactBits;
 static_assert(kExactBins == kThreads, "a thread looks at one bin");
+// Bins of the groups' largest values: 32 for each of those powers of two. Every thread takes three.
+constexpr int kGroupBinBits = 18;
+constexpr int kGroupBins = (kOne - kLeast) >> kGroupBinBits;
+constexpr int kGroupBinsAThread = (kGroupBins + kThreads - 1) / kThreads;
+constexpr int kGroups = 8;  // at most, of a thread
+static_assert(kGroupBinsAThread * kThreads <= kBins, "there is room for them");
+
 constexpr int kLimbs = 4, kLimbBits = 13;  // 2^19 tokens of less than 2^13 stay within 32 bits
 constexpr unsigned kLimbMask = (1u << kLimbBits) - 1;
 
@@ -210,6 +217,10 @@ __device__ __forceinline__ uint64_t needed_of(unsigned portion, uint64_t total) 
   return portion * (total >> 24) + ((portion * low + 0xffffffu) >> 24);
 }
 
+__device__ __forceinline__ int group_bin_of(unsigned bits) {
+  const unsigned bin = (bits - kLeast) >> kGroupBinBits;
+  return bin < kGroupBins ? static_cast<int>(bin) : kGroupBins - 1;
+}
 __device__ __forceinline__ int bin_of(unsigned bits) {
   const unsigned bin = (bits - kLeast) >> kBinBits;
   return bin < kBins ? static_cast<int>(bin) : kBins - 1;
@@ -298,7 +309,8 @@ struct Shared {
   union {  // one after the other
     Exact exact;
     Few group;
-    float below[kSums][kThreads];  // each thread's bins
+    uint16_t groups[kWarps][kGroups * kLanes];  // upper halves of the largest values; then hits
+    float below[kSums][kThreads];               // each thread's bins
   };
   union {
     uint64_t words[kSums][kWarps];
@@ -315,6 +327,7 @@ struct Shared {
   Edge edge[kMarks];
   int by_count, by_mass;  // thresholds, as bits
   unsigned listed, few_listed, told;
+  int rounds;  // in which a warp filled the list: runs of each
   bool marked;
 };
 
@@ -623,6 +636,30 @@ __device__ __forceinline__ Plan bracket(const Row<T>& row, const Rules& r, float
 
 // ---- step 2: stream -------------------------------------------------------------------------
 
+// Of a pack in which a value is negative, above 1, infinite or NaN: calls `use` with the bits of
+// those that have mass. Sets *largest where one is infinite or NaN.
+template <class T, class Use>
+__device__ __forceinline__ void each_of_odd(const Row<T>& row, int pack, unsigned* largest,
+                                            Use use) {
+#pragma unroll 1
+  for (int i = 0; i < Row<T>::kPack; ++i) {
+    const unsigned bits = bits_of(row.element(pack * Row<T>::kPack - row.lead + i));
+    if (bits << 1 >= kInfinity << 1) *largest = kInfinity;
+    if (has_mass(bits)) use(bits);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ unsigned largest_of(const typename Row<T>::Values& values) {
+  unsigned most = 0;
+#pragma unroll
+  for (int i = 0; i < Row<T>::kPack; ++i) {
+    const unsigned bits = bits_of(values.at[i]);
+    most = most < bits ? bits : most;
+  }
+  return most;
+}
+
 // Reads a slice, of which `values` is the first step: fills the list from the slices of the block
 // and sets s.founds, and s.parts to the warps' masses of what is at least plan.high.
 template <class T>
@@ -630,7 +667,10 @@ __device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, co
                                        const Plan& plan, typename Row<T>::Step values, Shared& s) {
   constexpr int kPack = Row<T>::kPack, kAhead = Row<T>::kAhead;
   const bool with_total = r.needs_total();
-  if (threadIdx.x == 0) s.listed = 0;
+  if (threadIdx.x == 0) {
+    s.listed = 0;
+    s.rounds = slice.steps;
+  }
   __syncthreads();
   uint64_t total = 0, above = 0;
   unsigned count_above = 0, largest = 0;
@@ -641,12 +681,7 @@ __device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, co
     unsigned num_all = 0, num_high = 0;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      unsigned most = 0;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const unsigned bits = bits_of(values.at[k].at[i]);
-        most = most < bits ? bits : most;
-      }
+      const unsigned most = largest_of<T>(values.at[k]);
       if (most >= plan.low) {
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
@@ -657,18 +692,14 @@ __device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, co
       }
       if (most > kOne) {  // also where one is negative
         const int pack = slice.first + (step * kAhead + k) * kLanes + lane();
-#pragma unroll 1
-        for (int i = 0; i < kPack; ++i) {
-          const unsigned bits = bits_of(row.element(pack * kPack - row.lead + i));
-          if (bits << 1 >= kInfinity << 1) largest = kInfinity;
-          if (!has_mass(bits)) continue;
+        each_of_odd(row, pack, &largest, [&](unsigned bits) {
           largest = largest < bits ? bits : largest;
           total += mass_of(bits);
           if (bits >= plan.high) {
             above += mass_of(bits);
             ++count_above;
           }
-        }
+        });
         continue;
       }
       largest = largest < most ? most : largest;
@@ -726,6 +757,167 @@ __device__ __forceinline__ void stream(const Row<T>& row, const Slice& slice, co
     s.parts[warp()] = above;
   }
   __syncthreads();
+}
+
+// ---- steps 1 and 2 where top-k is small -----------------------------------------------------
+
+// Steps of a slice to a group: a power of two.
+__device__ __forceinline__ int group_shift(int steps) {
+  int shift = 0;
+  while (steps > kGroups << shift) ++shift;
+  return shift;
+}
+
+// Whether a block has groups enough to tell top-k's threshold from their largest values.
+__device__ __forceinline__ bool by_groups(const Rules& r, const Slice& slice, int vocab_size,
+                                          int blocks) {
+  if (!r.has_k() || vocab_size <= kCapacity) return false;
+  const int shift = group_shift(slice.steps);
+  const uint64_t groups =
+      static_cast<uint64_t>((slice.steps + (1 << shift) - 1) >> shift) * kThreads;
+  return r.top_k <= kFew && 2 * r.top_k <= groups && r.top_k * blocks <= kCapacity / 2;
+}
+
+// Reads a slice, of which `values` is the first step, and lists, from the slices of the block, all
+// that is at least a value which `top_k` elements of the block reach. No guess: that many groups of
+// a thread's elements have one that does. Of the groups those alone are read again. Sets s.founds
+// and s.parts as `stream` does, for a bracket without an upper end.
+template <class T>
+__device__ __forceinline__ Plan stream_groups(const Row<T>& row, const Slice& slice, const Rules& r,
+                                              typename Row<T>::Step values, Shared& s) {
+  constexpr int kPack = Row<T>::kPack, kAhead = Row<T>::kAhead;
+  const bool with_total = r.needs_total();
+  const int shift = group_shift(slice.steps), thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kGroupBinsAThread; ++i) s.bins[thread + i * kThreads] = 0;
+  if (threadIdx.x == 0) {
+    s.listed = 0;
+    s.rounds = 0;
+    s.marked = false;
+  }
+  __syncthreads();
+  uint64_t total = 0;
+  unsigned largest = 0;
+  int num_groups = 0;
+  for (int step = 0; step < slice.steps; ++num_groups) {
+    unsigned group = 0;
+    for (const int end = step + (1 << shift); step < end && step < slice.steps; ++step) {
+      if (step > 0) values = read_step(row, slice, step);
+      SplitMass all = {0, 0};
+      unsigned num_all = 0;
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const unsigned most = largest_of<T>(values.at[k]);
+        if (most > kOne) {  // also where one is negative
+          const int pack = slice.first + (step * kAhead + k) * kLanes + lane();
+          each_of_odd(row, pack, &largest, [&](unsigned bits) {
+            group = group < bits ? bits : group;
+            total += mass_of(bits);
+          });
+          continue;
+        }
+        group = group < most ? most : group;
+        if (!with_total) continue;
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          const SplitMass mass = split_mass(to_float(values.at[k].at[i]));
+          all.high += mass.high;
+          all.low += mass.low;
+        }
+        num_all += kPack;
+      }
+      total += joined(all, num_all);
+    }
+    s.groups[warp()][num_groups * kLanes + lane()] = static_cast<uint16_t>(group >> 16);
+    if (has_mass(group)) atomicAdd(&s.bins[group_bin_of(group)], 1u);
+    largest = largest < group ? group : largest;
+  }
+  if (with_total) total = warp_sum(total);
+  largest = static_cast<unsigned>(warp_max(static_cast<int>(largest)));
+  if (lane() == 0) {
+    s.founds[warp()] = {total, 0, 0, largest, 0};
+    s.parts[warp()] = 0;
+  }
+  __syncthreads();
+
+  // The bin, from the greatest value down, with which there are `top_k` groups.
+  const int last = (kThreads - 1 - thread) * kGroupBinsAThread;
+  unsigned own[kGroupBinsAThread];
+  float before[1] = {}, all[1];
+#pragma unroll
+  for (int i = 0; i < kGroupBinsAThread; ++i) {
+    own[i] = s.bins[last + i];
+    before[0] += static_cast<float>(own[i]);
+  }
+  const float whole = before[0], wanted = static_cast<float>(r.top_k);
+  sums_before(before, all, s.scratch.floats);
+  if (before[0] < wanted && before[0] + whole >= wanted) {
+    int bin = kGroupBinsAThread;
+    for (float count = before[0]; count < wanted;) count += static_cast<float>(own[--bin]);
+    s.marked = true;
+    s.mark.bin = static_cast<unsigned>(last + bin);
+  }
+  __syncthreads();
+  const unsigned low = s.marked ? kLeast + (s.mark.bin << kGroupBinBits) : kLeast;
+
+  // The groups to read again, warp by warp; then, by all lanes alike, their packs.
+  unsigned hits = 0, num_hits = 0;
+  for (int group = 0; group < num_groups; ++group) {
+    if (s.groups[warp()][group * kLanes + lane()] < low >> 16) continue;
+    hits |= 1u << group;
+    ++num_hits;
+  }
+  const unsigned through = warp_sum_through(num_hits);
+  static_assert(kAhead == 2 || kAhead == 4, "a power of two");
+  const int pack_shift = shift + kAhead / 2, packs_a_group = 1 << pack_shift;
+  const int packs = static_cast<int>(__shfl_sync(~0u, through, kLanes - 1, kLanes)) * packs_a_group;
+  if (lane() == 0) atomicMax(&s.rounds, (packs + kAhead * kLanes - 1) / (kAhead * kLanes));
+  __syncthreads();
+  for (unsigned at = through - num_hits; hits != 0; hits &= hits - 1)
+    s.groups[warp()][at++] =
+        static_cast<uint16_t>((__ffs(static_cast<int>(hits)) - 1) * kLanes + lane());
+  __syncthreads();
+  const bool too_many = s.rounds > kMaxSteps;  // and too many to list
+  const int rounds = too_many ? 0 : s.rounds;
+  if (too_many && thread == 0) s.listed = kCapacity + 1;
+  for (int round = 0; round < rounds; ++round) {
+    int pack_of[kAhead];
+    unsigned listed = 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int at = (round * kAhead + k) * kLanes + lane();
+      pack_of[k] = row.packs;
+      if (at < packs) {
+        const int hit = s.groups[warp()][at >> pack_shift];
+        const int in_slice = (hit / kLanes << pack_shift) + (at & (packs_a_group - 1));
+        pack_of[k] = slice.first + in_slice * kLanes + hit % kLanes;
+      }
+      values.at[k] = pack_of[k] < slice.end ? row.read(pack_of[k]) : typename Row<T>::Values{};
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) listed += bits_of(values.at[k].at[i]) - low < kInfinity - low;
+    const unsigned all_listed = warp_sum_through(listed);
+    unsigned first = 0;
+    if (lane() == kLanes - 1) {
+      if (all_listed > 0) first = atomicAdd(&s.listed, all_listed);
+      s.runs[round * kWarps + warp()] = run_of(first, all_listed);
+    }
+    unsigned at = __shfl_sync(~0u, first, kLanes - 1, kLanes) + all_listed - listed;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const unsigned bits = bits_of(values.at[k].at[i]);
+        if (bits - low >= kInfinity - low) continue;
+        if (at < kCapacity) s.list[at] = {bits, pack_of[k] * kPack - row.lead + i};
+        ++at;
+      }
+    }
+  }
+  __syncthreads();
+  return {low, kInfinity, false};
 }
 
 // The sum of what up to 32 parts brought. Called by the lanes of the first warp, each with a part.
@@ -1081,8 +1273,10 @@ __device__ __forceinline__ unsigned low_of_few(const Rules& r, const Plan& plan,
   s.exact.count[own] = 0;
   if (threadIdx.x == 0) s.marked = false;
   __syncthreads();
-  for (unsigned i = threadIdx.x; i < listed; i += kThreads)
-    atomicAdd(&s.exact.count[(s.list[i].bits - plan.low) >> shift], 1u);
+  for (unsigned i = threadIdx.x; i < listed; i += kThreads) {
+    const unsigned bits = s.list[i].bits;  // of another block perhaps less than plan.low
+    if (bits >= plan.low) atomicAdd(&s.exact.count[(bits - plan.low) >> shift], 1u);
+  }
   __syncthreads();
   const unsigned count = s.exact.count[own];
   float before[] = {static_cast<float>(count)}, all[1];
@@ -1093,7 +1287,9 @@ __device__ __forceinline__ unsigned low_of_few(const Rules& r, const Plan& plan,
     s.mark.bin = own;
   }
   __syncthreads();
-  return s.marked ? plan.low + (s.mark.bin << shift) : 0;
+  const unsigned low = s.marked ? plan.low + (s.mark.bin << shift) : 0;
+  __syncthreads();  // s.marked was read
+  return low;
 }
 
 // The token of a row of which the list has all that is kept, and few entries. Returns false where
@@ -1164,7 +1360,7 @@ __device__ __forceinline__ bool draw_of_few(const Arguments& a, int64_t sample, 
 
 // The parts of which a row's list was made: warps of this block, or blocks.
 struct Parts {
-  int count, packs, runs;  // packs and runs of each
+  int count, packs;  // packs of each
 };
 
 // From s.found, s.parts and the list to the token. Returns false where the plan was of no use; then
@@ -1192,7 +1388,7 @@ __device__ __forceinline__ bool draw(const Arguments& a, int64_t sample, const R
     for (int base = 0; base < parts.count; base += kWarps) {
       const int part = base + warp();
       uint64_t more = 0;
-      for (int i = 0; part < parts.count && i < parts.runs; ++i) {
+      for (int i = 0; part < parts.count && i < s.rounds; ++i) {
         const unsigned run = s.runs[i * parts.count + part];
         const unsigned first = run >> kRunBits, end = first + run % (1u << kRunBits);
         for (unsigned at = first + lane(); at < end; at += kLanes)
@@ -1256,8 +1452,23 @@ __device__ __forceinline__ void finish(const Arguments& a, int64_t sample, const
        first_time = false) {
     __syncthreads();  // s.found was read
     plan = next = look_again(row, r, next, first_time, s);
-    parts = {kWarps, packs_a_warp(row.packs, 1), slice_of(row, 0, 1).steps};
+    parts = {kWarps, packs_a_warp(row.packs, 1)};
   }
+}
+
+// Steps 1 and 2 of one block of a row, of whose slice `values` is the first step.
+template <class T>
+__device__ __forceinline__ Plan read(const Row<T>& row, const Slice& slice, const Rules& r,
+                                     int blocks, const typename Row<T>::Step& values, Shared& s) {
+  Plan plan;
+  if (by_groups(r, slice, row.size, blocks)) {
+    plan = stream_groups(row, slice, r, values, s);
+  } else {
+    plan = bracket(row, r, 1.f, s);
+    stream(row, slice, r, plan, values, s);
+  }
+  sum_warps(s);
+  return plan;
 }
 
 template <class T>
@@ -1265,6 +1476,8 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Arguments a) {
   KH_DYNAMIC_SHARED(Shared, shared);
   Shared& s = *shared;
   const int64_t sample = blockIdx.x;
+  await_last();
+  let_next_come();
   Rules r;
   const int64_t number = row_of(a, sample, &r);
   if (number < 0) {
@@ -1276,10 +1489,8 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Arguments a) {
   // These are on their way during the first step.
   const typename Row<T>::Step values = read_step(row, slice, 0);
   if (threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
-  const Plan plan = bracket(row, r, 1.f, s);
-  stream(row, slice, r, plan, values, s);
-  sum_warps(s);
-  finish(a, sample, row, r, plan, {kWarps, packs_a_warp(row.packs, 1), slice.steps}, s);
+  const Plan plan = read(row, slice, r, 1, values, s);
+  finish(a, sample, row, r, plan, {kWarps, packs_a_warp(row.packs, 1)}, s);
 }
 
 // The same by several blocks a row: first the reading, then the rest.
@@ -1289,15 +1500,15 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(Arguments a, int bl
   KH_DYNAMIC_SHARED(Shared, shared);
   Shared& s = *shared;
   const int64_t sample = blockIdx.x / blocks;
+  await_last();
+  let_next_come();
   Rules r;
   const int64_t number = row_of(a, sample, &r);
   if (number < 0) return;
   const Row<T> row(a, number);
   const Slice slice = slice_of(row, static_cast<int>(blockIdx.x % blocks), blocks);
   const typename Row<T>::Step values = read_step(row, slice, 0);
-  const Plan plan = bracket(row, r, 1.f, s);
-  stream(row, slice, r, plan, values, s);
-  sum_warps(s);
+  const Plan plan = read(row, slice, r, blocks, values, s);
   Part& part = parts[blockIdx.x];
   if (threadIdx.x == 0) {
     part.plan = plan;
@@ -1313,33 +1524,43 @@ __global__ void __launch_bounds__(kThreads)
   KH_DYNAMIC_SHARED(Shared, shared);
   Shared& s = *shared;
   const int64_t sample = blockIdx.x;
+  // Before the reading kernel has ended: it waited for all that wrote what is read here.
   Rules r;
   const int64_t number = row_of(a, sample, &r);
+  if (number >= 0 && threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
+  await_last();
+  let_next_come();
   if (number < 0) {
     if (threadIdx.x == 0) answer(a, sample, 0, false);
     return;
   }
-  if (threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
   const Row<T> row(a, number);
   const Part* parts = all_parts + sample * blocks;
-  const Plan plan = parts[0].plan;
+  Plan plan = parts[0].plan;
   if (in_first_warp()) {
+    // Each block's list reaches down to a bound of its own; the whole list to the greatest.
+    const int low = warp_max(static_cast<int>(lane() < blocks ? parts[lane()].plan.low : 0));
     const Found own = lane() < blocks ? parts[lane()].found : Found{};
     const unsigned first = warp_sum_through(own.listed) - own.listed;
     const Found found = sum_of(own);
     if (warp() == 0) {
       s.parts[lane()] = own.above;
       s.runs[lane()] = run_of(first, own.listed);
-      if (lane() == 0) s.found = found;
+      if (lane() == 0) {
+        s.found = found;
+        s.mark.bin = static_cast<unsigned>(low);
+        s.rounds = 1;
+      }
     }
   }
   __syncthreads();
+  plan.low = s.mark.bin;
   for (int part = warp(); s.found.listed <= kCapacity && part < blocks; part += kWarps) {
     const unsigned first = s.runs[part] >> kRunBits, listed = s.runs[part] % (1u << kRunBits);
     for (unsigned i = lane(); i < listed; i += kLanes) s.list[first + i] = parts[part].list[i];
   }
   __syncthreads();
-  finish(a, sample, row, r, plan, {blocks, packs_a_warp(row.packs, blocks) * kWarps, 1}, s);
+  finish(a, sample, row, r, plan, {blocks, packs_a_warp(row.packs, blocks) * kWarps}, s);
 }
 
 // ---- launcher -------------------------------------------------------------------------------
@@ -1350,12 +1571,14 @@ static_assert(kSharedBytes <= 48 << 10, "what every platform has");
 template <class T>
 int run(const Arguments& a, int64_t blocks_a_row, Part* parts, stream_t stream) {
   const dim3 samples(static_cast<unsigned>(a.batch_size)), threads(kThreads);
-  if (blocks_a_row == 1) return launch(sample_kernel<T>, samples, threads, kSharedBytes, stream, a);
+  if (blocks_a_row == 1)
+    return launch_early(sample_kernel<T>, samples, threads, kSharedBytes, stream, a);
   const dim3 all(static_cast<unsigned>(a.batch_size * blocks_a_row));
   const int blocks = static_cast<int>(blocks_a_row);
-  const int status = launch(stream_kernel<T>, all, threads, kSharedBytes, stream, a, blocks, parts);
+  const int status =
+      launch_early(stream_kernel<T>, all, threads, kSharedBytes, stream, a, blocks, parts);
   if (status != 0) return status;
-  return launch(draw_kernel<T>, samples, threads, kSharedBytes, stream, a, blocks, parts);
+  return launch_early(draw_kernel<T>, samples, threads, kSharedBytes, stream, a, blocks, parts);
 }
 
 // One number for each row or sample.

@@ -179,6 +179,8 @@ def _shapes() -> dict[str, _Make]:
         "more-pairs-than-threads": partial(
             _call, tokens=(2,), heads=(2, 1), head_size=1040, rot_dim=1038
         ),
+        "more-packs-than-threads": partial(_call, tokens=(2,), heads=(1, 1), head_size=1040),
+        "more-tokens-than-2^16": partial(_call, tokens=(2**16 + 1,), heads=(1, 0), head_size=8),
         "seventeen-tokens": partial(_call, tokens=(17,), heads=(1, 1), head_size=8, dtype=bf16),
         "more-keys-than-queries": partial(_call, heads=(2, 9), head_size=16, dtype=half),
         "one-query-many-keys": partial(_call, heads=(1, 33), head_size=8, is_neox=False),

@@ -70,8 +70,9 @@ KERNEL_MUTANTS = (
         "static_cast<uint64_t>(row)",
     ),
     Mutant("positions-always-int64", _KERNEL, "t.dtype == KH_INT64}", "true}"),
+    Mutant("query-heads-only", _KERNEL, "if (i >= p.heads ||", "if (i >= p.query_heads ||"),
     Mutant(
-        "query-heads-only",
+        "query-heads-only-in-any-call",
         _KERNEL,
         "threadIdx.y; i < r.heads;",
         "threadIdx.y; i < r.query_heads;",
@@ -80,6 +81,16 @@ KERNEL_MUTANTS = (
         "key-heads-not-counted", _KERNEL, "r.heads += num_heads(a.key, token_dims, head_size);", ""
     ),
     Mutant("key-from-query-head", _KERNEL, "(in_query ? i : i - r.query_heads)", "i"),
+    Mutant("plain-key-from-query-head", _KERNEL, "(in_query ? i : i - p.query_heads)", "(i)"),
+    Mutant(
+        "plain-row-unchecked",
+        _KERNEL,
+        "static_cast<uint64_t>(p.num_rows)) return;",
+        "~0ull) return;",
+    ),
+    Mutant("plain-with-offsets", _KERNEL, "r.offsets.data == nullptr)", "true)"),
+    Mutant("plain-of-batches", _KERNEL, "r.tokens == r.tokens_a_batch &&", ""),
+    Mutant("plain-with-wide-heads", _KERNEL, "a_head <= kThreads &&", ""),
     Mutant("sign-of-sine", _KERNEL, "fmaf(x, c, -__fmul_rn(y, s))", "fmaf(x, c, __fmul_rn(y, s))"),
     Mutant(
         "sine-from-cosine",
@@ -90,22 +101,22 @@ KERNEL_MUTANTS = (
     Mutant(
         "packed-sine-from-cosine",
         _KERNEL,
-        "load<kPack>(row + r.half + first)",
-        "load<kPack>(row + first)",
+        "load<kPack>(row + half)",
+        "load<kPack>(row)",
     ),
     Mutant("heads-past-a-block", _KERNEL, "blockIdx.y) * blockDim.y", "blockIdx.y) * gridDim.y"),
     Mutant("packs-past-a-block", _KERNEL, "pack += blockDim.x", "pack += packs"),
     Mutant(
         "lane-stride-ignored",
         _KERNEL,
-        "(kNeox ? first : 2 * first) * lane_stride",
-        "(kNeox ? first : 2 * first)",
+        "const T* x = head + (kNeox ? first : 2 * first) * stride;",
+        "const T* x = head + (kNeox ? first : 2 * first);",
     ),
     Mutant(
         "pairing-swapped",
         _KERNEL,
-        "(kNeox ? r.half : 1) * lane_stride",
-        "(kNeox ? 1 : r.half) * lane_stride",
+        "ys.at[0] = x[(kNeox ? half : 1) * stride];",
+        "ys.at[0] = x[(kNeox ? 1 : half) * stride];",
     ),
     Mutant("token-stride-unchecked", _KERNEL, "h.token_stride * size % bytes == 0 &&", ""),
     Mutant("address-unchecked", _KERNEL, "aligned(h.data, bytes) &&", ""),
@@ -113,8 +124,8 @@ KERNEL_MUTANTS = (
     Mutant(
         "batch-dropped",
         _KERNEL,
-        "const int64_t token = t - batch * r.tokens_a_batch;",
-        "const int64_t token = t;",
+        "token = t - batch * r.tokens_a_batch;",
+        "token = t;",
     ),
     Mutant(
         "flat-head-stride",

@@ -102,7 +102,11 @@ KERNEL_MUTANTS = (
         "add_toward_zero(__uint_as_float(kLowZero), rest)",
         "__fadd_rn(__uint_as_float(kLowZero), rest)",
     ),
-    _fault("zeros-counted-as-one", "num_all += kPack;", "num_all += kPack - 1;"),
+    _fault(
+        "zeros-counted-as-one",
+        "num_all += kPack;\n      if (most",
+        "num_all += kPack - 1;\n      if (most",
+    ),
     _fault("need-rounded-down", "(portion * low + 0xffffffu)", "(portion * low)"),
     _fault(
         "order-swapped",
@@ -128,8 +132,8 @@ KERNEL_MUTANTS = (
     ),
     _fault(
         "one-in-packs-above-one-lost",
-        "if (!has_mass(bits)) continue;",
-        "if (bits <= kOne) continue;",
+        "if (has_mass(bits)) use(bits);",
+        "if (has_mass(bits) && bits > kOne) use(bits);",
     ),
     _fault("bracket-s-edge-not-above", "if (bits >= plan.high) {", "if (bits > plan.high) {"),
     _fault(
@@ -157,6 +161,43 @@ KERNEL_MUTANTS = (
     _fault(
         "row-s-end-read-whole", "end * kPack - lead <= size;", "end * kPack - lead <= size + 1;"
     ),
+    # Groups.
+    _fault(
+        "groups-of-three-quarters",
+        "while (steps > kGroups << shift)",
+        "while (steps * 3 > kGroups * 4 << shift)",
+    ),
+    _fault("one-group-short", "count < wanted;) count +=", "count + 1.f < wanted;) count +="),
+    _fault("groups-at-the-bound-skipped", "< low >> 16) continue;", "<= low >> 16) continue;"),
+    _fault(
+        "groups-above-one-in-any-bin",
+        "bin < kGroupBins ? static_cast<int>(bin) : kGroupBins - 1",
+        "bin < kGroupBins ? static_cast<int>(bin) : 0",
+    ),
+    _fault(
+        "group-s-last-step-left-out",
+        "step < end && step < slice.steps; ++step) {",
+        "step < end && step < slice.steps - (step > 0); ++step) {",
+    ),
+    _fault(
+        "group-s-first-packs-alone",
+        "(at & (packs_a_group - 1));",
+        "(at & (packs_a_group / 2 - 1));",
+    ),
+    _fault("groups-of-odd-packs-lost", "group = group < bits ? bits : group;", ""),
+    _fault(
+        "rounds-of-the-first-warp",
+        "if (lane() == 0) atomicMax(&s.rounds,",
+        "if (threadIdx.x == 0) atomicMax(&s.rounds,",
+    ),
+    _fault("too-many-groups-believed", "s.listed = kCapacity + 1;", "s.listed = 0;"),
+    _fault("group-s-total-lost", "all.high += mass.high;", ""),
+    _fault(
+        "lowest-bound-of-blocks",
+        "warp_max(static_cast<int>(lane() < blocks ? parts[lane()].plan.low : 0));",
+        "static_cast<int>(parts[0].plan.low);",
+    ),
+    _fault("below-the-bound-counted", "if (bits >= plan.low) atomicAdd", "if (bits > 0) atomicAdd"),
     # The threshold.
     _fault(
         "of-few-the-first",
@@ -246,8 +287,8 @@ KERNEL_MUTANTS = (
     _fault("total-of-one-block", "{warp_sum(part.total), warp", "{part.total, warp"),
     _fault(
         "blocks-parts-a-warp-long",
-        "{blocks, packs_a_warp(row.packs, blocks) * kWarps, 1}",
-        "{blocks, packs_a_warp(row.packs, blocks), 1}",
+        "{blocks, packs_a_warp(row.packs, blocks) * kWarps}",
+        "{blocks, packs_a_warp(row.packs, blocks)}",
     ),
 )
 """Faults of the kernel, run by the `simt` backend."""

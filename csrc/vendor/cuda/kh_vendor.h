@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <atomic>
+
 #include "matrix.h"
 
 #ifndef KH_PLATFORM
@@ -76,8 +78,56 @@ inline const char* launch_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
+// A kernel that is launched early is brought up while the one before it works: `await_last` comes
+// before it touches memory that others write to. All that runs before `let_next_come` may still run
+// when the next kernel is brought up, which waits in the same way.
+__device__ __forceinline__ void let_next_come() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+inline cudaLaunchAttribute before_last_ends() {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+// Whether the current device can bring up a kernel early.
+inline bool brings_up_early() {
+  constexpr int kMost = 64;
+  static std::atomic<int> known[kMost];  // 1: no, 2: yes
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (device < kMost && known[device].load(std::memory_order_relaxed) != 0)
+    return known[device].load(std::memory_order_relaxed) == 2;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
+    return false;
+  if (device < kMost) known[device].store(major >= 9 ? 2 : 1, std::memory_order_relaxed);
+  return major >= 9;
+}
+
 // Queues a kernel. Returns what is wrong with the launch itself, or an error that waits on the
 // device from earlier work, or 0.
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+                 A&&... args) {
+  cudaLaunchAttribute attribute = before_last_ends();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = brings_up_early() ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+  const cudaError_t waiting = cudaGetLastError();
+  return static_cast<int>(status != cudaSuccess ? status : waiting);
+}
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
            A&&... args) {

@@ -76,6 +76,15 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, str
   return simt::launch(kernel, grid, block, shared_bytes, stream, static_cast<A&&>(args)...);
 }
 
+// Kernels follow each other: none is brought up before the last has ended.
+inline void let_next_come() {}
+inline void await_last() {}
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+                 A&&... args) {
+  return launch(kernel, grid, block, shared_bytes, stream, static_cast<A&&>(args)...);
+}
+
 inline const char* launch_error(int) { return simt::os_thread.error; }
 
 // There is but one device; which one was asked for is kept for tests.

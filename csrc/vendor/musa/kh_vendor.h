@@ -117,6 +117,15 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, str
   return static_cast<int>(musaGetLastError());
 }
 
+// Kernels follow each other: none is brought up before the last has ended.
+__device__ __forceinline__ void let_next_come() {}
+__device__ __forceinline__ void await_last() {}
+template <class... P, class... A>
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+                 A&&... args) {
+  return launch(kernel, grid, block, shared_bytes, stream, static_cast<A&&>(args)...);
+}
+
 // Makes a device current for a scope, and the one before it afterwards.
 class DeviceGuard {
  public:
