@@ -75,11 +75,14 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     What runs through which op, on the backend that kernelhub chooses for each call:
 
     - `rotary_embedding`: the family's rotary function, any number of tokens;
-    - `fused_gemv`: each `nn.Linear`, and the gate and up projections of an MLP in one call with
-      SwiGLU, where a call has at most 16 rows;
+    - `fused_gemv`: each `nn.Linear` and the product of a router by softmax; in one call query, key
+      and value, and in one with SwiGLU gate and up of an MLP; where a call has at most 16 rows;
     - `fused_moe_gemv`: the experts, gate-up with SwiGLU and down with weights and sum, where a call
       has at most 16 rows;
     - `fused_mul_add`: DeepSeek's `routed * factor + shared`.
+
+    Norms run through torch's `rms_norm`, and attention over a static cache does not copy keys and
+    values for each head, where a call has at most 16 tokens.
 
     Calls of more rows, calls under autocast and calls of other dtypes run the model's own code.
     Sampling is the `Sampler`'s, a logits processor.
@@ -89,8 +92,9 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     nest and overlap in any order. After the last one the model is as it was, also where an
     exception ended a block. A copy of the model made inside (`copy.deepcopy`) is not accelerated.
 
-    Gate and up are kept as one more copy while the block lasts, made on first use and anew where
-    either has changed; a change through `.data` is not seen.
+    Gate and up, and query, key and value, are kept as one more copy while the block lasts, made on
+    first use and anew where one has changed; a change through `.data` is not seen. torch.compile
+    gives each a product of its own instead.
 
     Args:
         model: a model of Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral or DeepSeek-V3, perhaps quantised

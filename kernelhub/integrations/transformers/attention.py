@@ -249,12 +249,11 @@ def _once(name: str, make: Callable[..., Any], *given: Any) -> Any:
     of = tuple(t for t in given if isinstance(t, Tensor))
     if torch.compiler.is_compiling() or any(t.requires_grad for t in of):
         return make(*given)
-    module = getattr(torch, of[0].device.type, None)
-    capturing = getattr(module, "is_current_stream_capturing", None)
-    if capturing is None and of[0].device.type != "cpu":
+    capturing = layers.capturing(of[0].device)
+    if capturing is None:
         return make(*given)  # what was made in one graph must not be kept for another
     state = (
-        capturing is not None and capturing(),
+        capturing,
         torch.is_inference_mode_enabled(),
         *(layers.version(t) for t in of),
         *(value for value in given if not isinstance(value, Tensor)),

@@ -74,6 +74,8 @@ class Joined:
         state = [(t.data_ptr(), t.device, t.dtype, version(t)) for t in tensors]
         made = self._made
         if made is None or made[0] != state:
+            if capturing(tensors[0].device):
+                return join(*layers)  # it has no numbers before the graph is replayed
             with torch.inference_mode(False), torch.no_grad():  # to be used in any mode
                 made = self._made = (state, join(*layers))
         return made[1]
@@ -88,6 +90,15 @@ def join(*layers: nn.Module) -> dict[str, Any]:
         n: [t for t in (getattr(x, n, None) for x in layers) if t is not None] for n in _TENSORS
     }
     return {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
+
+
+def capturing(device: torch.device) -> bool | None:
+    """Whether calls go into a graph; None where the device's module does not tell."""
+    if device.type == "cpu":
+        return False
+    module = getattr(torch, device.type, None)
+    tell = getattr(module, "is_current_stream_capturing", None)
+    return None if tell is None else bool(tell())
 
 
 def version(t: Tensor) -> int:
