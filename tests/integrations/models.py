@@ -52,7 +52,9 @@ def config(family: str, **options: Any) -> Any:
     return getattr(transformers, f"{name}Config")(**{**_COMMON, **own, **options})
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def make(
+    family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
+) -> Any:
     """The family's tiny model; norms and biases are random too, so that each one counts."""
     name, _, seed = _FAMILIES[family]
     torch.manual_seed(seed)
@@ -61,7 +63,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any
     for parameter_name, p in model.named_parameters():
         if p.dim() == 1:
             p.data.normal_(1 if "norm" in parameter_name else 0, 0.2)
-    return model.to(dtype)
+    return model.to(device, dtype)
 
 
 @attrs.frozen(eq=False)

@@ -17,13 +17,13 @@ TEXT = (FOLDER / "text.txt").read_bytes()
 PROMPT = TEXT[:10]
 
 
-def load(weights: str = "bf16") -> Any:
+def load(weights: str = "bf16", device: str = "cpu") -> Any:
     """bf16 as in the file, fp32, int4 or fp8."""
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=dtype)
     if weights in ("int4", "fp8"):
         quantize(model, weights)  # type: ignore[arg-type]
-    return model
+    return model.to(device)
 
 
 def recite(model: Any, tokens: int = len(TEXT) - len(PROMPT), **options: Any) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kernelhub
 from kernelhub.integrations.transformers import accelerate, patches
@@ -28,6 +29,7 @@ def state(model: Any) -> list[Any]:
         found.append((id(p), p.data_ptr(), p._version))
     family = sys.modules[type(model).__module__]
     found.append({n: v for n, v in vars(family).items() if n.startswith("apply_rotary")})
+    found.append(sorted(vars(ALL_ATTENTION_FUNCTIONS)))
     return found
 
 

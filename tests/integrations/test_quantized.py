@@ -108,12 +108,27 @@ def test_accelerate_counts_quantised_layers_and_leaves_them() -> None:
         inside = say(model)
     assert torch.equal(inside.tokens, said.tokens)
     assert torch.equal(say(model).logits, said.logits)
-    assert census.count("fused_gemv") == 8 * (2 * 4 + 2 + 1)
+    assert census.count("fused_gemv") == 8 * (2 * 2 + 2 + 1 + 1)
     assert census.count("fused_moe_gemv") == 8 * 2
     quantised = [layer for layer in accelerated.layers if layer.kind.startswith("Quantized")]
     assert {layer.op for layer in quantised} == {"fused_gemv", "fused_moe_gemv"}
     assert not any(layer.why for layer in quantised)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("head_dim", [128, 32])
+def test_projections_of_a_quantised_model(scheme: str, head_dim: int) -> None:
+    """One product where blocks of fp8 end with each projection, else three: the same numbers."""
+    model = make("qwen3", BF16, head_dim=head_dim)
+    quantize(model, scheme)
+    said, census = say(model), Census()
+    with accelerate(model, census=census):
+        inside = say(model)
+    assert torch.equal(inside.tokens, said.tokens)
+    joined = "query, key and value" in {row.place for row in census.rows}
+    assert joined == (scheme == "int4" or head_dim == 128)
+    assert inside.error(said) < 0.02
 
 
 def test_groups() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 import kernelhub
-from kernelhub.integrations.transformers import Sampler, accelerate, layers, quantized
+from kernelhub.integrations.transformers import Sampler, accelerate, attention, layers, quantized
 from kernelhub.integrations.transformers.census import run
 from tests.integrations.recital import FOLDER, PROMPT, TEXT, load, recite, script
 
@@ -104,7 +104,7 @@ def test_one_fault_and_it_loses_the_thread(fault: str, monkeypatch: pytest.Monke
             change(changed, kwargs)
         return run(censuses, name, place, *changed, **kwargs)
 
-    for module in (layers, quantized):
+    for module in (attention, layers, quantized):
         monkeypatch.setattr(module, "run", faulty)
     model = load(weights)
     right, said = 1.0, b""

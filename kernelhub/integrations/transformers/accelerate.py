@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kernelhub.integrations.transformers import experts, families, layers, patches
+from kernelhub.integrations.transformers import attention, experts, families, layers, patches
 from kernelhub.integrations.transformers.census import Census
 from kernelhub.integrations.transformers.families import Family, Layer
 from kernelhub.integrations.transformers.quantized import QUANTIZED, count
@@ -20,11 +21,14 @@ _OP = {
     "mlp": "fused_gemv",
     "experts": "fused_moe_gemv",
     "moe": "fused_mul_add",
-}
+    "router": "fused_gemv",
+}  # norms have none: torch's own rms_norm
 _RUN: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
-    "attention": lambda _: layers.attention,
+    "attention": lambda _: attention.attention,
     "mlp": lambda _: layers.GateUp(),
     "moe": layers.SharedExperts,
+    "router": lambda _: layers.router,
+    "norm": lambda _: layers.rms_norm,
 }
 
 
@@ -71,11 +75,14 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     What runs through which op, on the backend that kernelhub chooses for each call:
 
     - `rotary_embedding`: the family's rotary function, any number of tokens;
-    - `fused_gemv`: each `nn.Linear`, and the gate and up projections of an MLP in one call with
-      SwiGLU, where a call has at most 16 rows;
+    - `fused_gemv`: each `nn.Linear` and the product of a router by softmax; in one call query, key
+      and value, and in one with SwiGLU gate and up of an MLP; where a call has at most 16 rows;
     - `fused_moe_gemv`: the experts, gate-up with SwiGLU and down with weights and sum, where a call
       has at most 16 rows;
     - `fused_mul_add`: DeepSeek's `routed * factor + shared`.
+
+    Norms run through torch's `rms_norm`, and attention over a static cache does not copy keys and
+    values for each head, where a call has at most 16 tokens.
 
     Calls of more rows, calls under autocast and calls of other dtypes run the model's own code.
     Sampling is the `Sampler`'s, a logits processor.
@@ -85,8 +92,9 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     nest and overlap in any order. After the last one the model is as it was, also where an
     exception ended a block. A copy of the model made inside (`copy.deepcopy`) is not accelerated.
 
-    Gate and up are kept as one more copy while the block lasts, made on first use and anew where
-    either has changed; a change through `.data` is not seen.
+    Gate and up, and query, key and value, are kept as one more copy while the block lasts, made on
+    first use and anew where one has changed; a change through `.data` is not seen. torch.compile
+    gives each a product of its own instead.
 
     Args:
         model: a model of Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral or DeepSeek-V3, perhaps quantised
@@ -118,25 +126,37 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
                 placed.append(module)
             elif not why:
                 patch(module, "forward", _RUN[kind](module))
-            return _OP[kind], why
+            if kind == "attention" and not why:
+                joined.update(_projections(module))
+            return ("", families.no_op(module)) if kind == "norm" else (_OP[kind], why)
         if isinstance(module, QUANTIZED):
-            patch(module, "forward", count)
+            patch(module, "forward", joined.get(module, count))
             return module.op, ""
         if isinstance(module, nn.Linear):
             why = families.linear_refusal(module)
             if not why:
-                patch(module, "forward", layers.linear)
+                patch(module, "forward", joined.get(module, layers.linear))
             return "fused_gemv", why
         return ("", families.no_op(module)) if module._parameters else None
 
     placed: list[nn.Module] = []
-    for name, module in user.model.named_modules():
+    joined: dict[nn.Module, Callable[..., Any]] = {}
+    for name, module in user.model.named_modules():  # an attention module before its parts
         found = place(module)
         if found is not None:
             yield Layer(name, type(module).__name__, *found)
     for name in family.rotary:
         if hasattr(family.module, name):
-            patch(family.module, name, layers.rotary)
+            patch(family.module, name, attention.rotary)
+    patch(ALL_ATTENTION_FUNCTIONS, "get_interface", attention.attention_function)
     if placed:
         experts.add(user.model, placed, user)
         undo.callback(experts.remove, user.model, placed, user)
+
+
+def _projections(module: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """What runs in the place of each projection that can be computed with the others."""
+    found = attention.projections(module)
+    if found is not None:
+        for index, part in enumerate(found.parts):
+            yield part, found.run(index, count if isinstance(part, QUANTIZED) else layers.linear)

@@ -35,9 +35,11 @@ class Family:
     model_type: str
     attention: str
     rotary: tuple[str, ...]
+    norm: str
     mlp: str | None = None
     experts: str | None = None
     moe: str | None = None  # a block that adds shared experts to routed ones
+    router: str | None = None  # softmax over all experts, then the largest
 
     @property
     def module(self) -> ModuleType:
@@ -46,7 +48,7 @@ class Family:
 
     def kind_of(self, module: nn.Module) -> str | None:
         """What a module is in the family, "attention" or "mlp" say; None where none of these."""
-        for kind in ("attention", "mlp", "experts", "moe"):
+        for kind in ("attention", "mlp", "experts", "moe", "router", "norm"):
             name = getattr(self, kind)
             if name is not None and isinstance(module, getattr(self.module, name)):
                 return kind
@@ -57,17 +59,31 @@ _ROTARY = ("apply_rotary_pos_emb",)
 _FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaAttention", _ROTARY, mlp="LlamaMLP"),
-        Family("qwen2", "Qwen2Attention", _ROTARY, mlp="Qwen2MLP"),
-        Family("qwen3", "Qwen3Attention", _ROTARY, mlp="Qwen3MLP"),
+        Family("llama", "LlamaAttention", _ROTARY, "LlamaRMSNorm", mlp="LlamaMLP"),
+        Family("qwen2", "Qwen2Attention", _ROTARY, "Qwen2RMSNorm", mlp="Qwen2MLP"),
+        Family("qwen3", "Qwen3Attention", _ROTARY, "Qwen3RMSNorm", mlp="Qwen3MLP"),
         Family(
-            "qwen3_moe", "Qwen3MoeAttention", _ROTARY, mlp="Qwen3MoeMLP", experts="Qwen3MoeExperts"
+            "qwen3_moe",
+            "Qwen3MoeAttention",
+            _ROTARY,
+            "Qwen3MoeRMSNorm",
+            mlp="Qwen3MoeMLP",
+            experts="Qwen3MoeExperts",
+            router="Qwen3MoeTopKRouter",
         ),
-        Family("mixtral", "MixtralAttention", _ROTARY, experts="MixtralExperts"),
+        Family(
+            "mixtral",
+            "MixtralAttention",
+            _ROTARY,
+            "MixtralRMSNorm",
+            experts="MixtralExperts",
+            router="MixtralTopKRouter",
+        ),
         Family(
             "deepseek_v3",
             "DeepseekV3Attention",
             (*_ROTARY, "apply_rotary_pos_emb_interleave"),
+            "DeepseekV3RMSNorm",
             mlp="DeepseekV3MLP",
             experts="DeepseekV3Experts",
             moe="DeepseekV3MoE",
@@ -91,11 +107,12 @@ def refusal(family: Family, kind: str, module: nn.Module) -> str:
     name = getattr(family, kind)
     if type(module) is not getattr(family.module, name):
         return f"what this subclass of {name} adds is not known"
-    if _replaced(module):
+    if replaced(module):
         return "its forward has been replaced"
     if kind == "attention":
         return _attention_refusal(family, module)
-    return {"mlp": _mlp_refusal, "experts": experts_refusal, "moe": _moe_refusal}[kind](module)
+    refusals = {"mlp": _mlp_refusal, "experts": experts_refusal, "moe": _moe_refusal}
+    return refusals[kind](module) if kind in refusals else ""
 
 
 def _attention_refusal(family: Family, attention: nn.Module) -> str:
@@ -154,19 +171,23 @@ def linear_refusal(linear: nn.Linear) -> str:
         return "what this subclass of nn.Linear adds is not known"
     if linear.weight.dtype not in FLOATS:
         return f"weight of {str(linear.weight.dtype).removeprefix('torch.')}"
-    return "its forward has been replaced" if _replaced(linear) else ""
+    return "its forward has been replaced" if replaced(linear) else ""
 
 
-def _replaced(module: nn.Module) -> bool:
+def replaced(module: nn.Module) -> bool:
     """Whether others than kernelhub have put a forward of their own on a module."""
     return not isinstance(vars(module).get("forward"), (type(None), patches.Patch))
+
+
+def is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
 
 
 def no_op(module: nn.Module) -> str:
     """Why a module with weights of its own, of no kind that is known, has no op."""
     if isinstance(module, nn.Embedding):
         return "no op looks up embeddings"
-    if type(module).__name__.endswith("RMSNorm"):
+    if is_norm(module):
         return "no op normalises its input alone"
     if type(module).__name__.endswith("Router"):
         return "its product is a part of the routing, of no nn.Linear"

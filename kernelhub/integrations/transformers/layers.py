@@ -7,11 +7,11 @@ what it stands for, and answers as that does.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelhub.integrations.transformers.census import Census, ran_stock, run
@@ -21,28 +21,27 @@ from kernelhub.integrations.transformers.patches import Patch
 MAX_ROWS = 16
 """Rows up to which GEMV is tuned: with more the model's own matrix products run."""
 
-_inside = threading.local()
-
 
 def censuses_of(users: tuple[Any, ...]) -> tuple[Census, ...]:
     """Who counts, each of them once."""
     return tuple(dict.fromkeys(u.census for u in users if u.census is not None))
 
 
-def refusal(x: Tensor, *weights: Tensor) -> str:
-    """Why the model's own code runs this call; empty where GEMV does."""
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+def refusal(x: Tensor, *weights: Tensor, rows: int | None = None) -> str:
+    """Why the model's own code runs this call; empty where GEMV does. `rows` of x, if not all."""
+    if rows is None:
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if rows > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
     if torch.is_autocast_enabled(x.device.type):
         return "under autocast"
     for tensor in (x, *weights):
         if tensor.dtype not in FLOATS or tensor.dtype is not x.dtype:
-            return f"dtypes {_name(x)} and {_name(tensor)}"
+            return f"dtypes {name_of(x)} and {name_of(tensor)}"
     return ""
 
 
-def _name(tensor: Tensor) -> str:
+def name_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -57,51 +56,122 @@ def linear(patch: Patch, users: tuple[Any, ...], input: Tensor) -> Tensor:
     return run(counted, "fused_gemv", place, x, layer.weight, bias=layer.bias)  # type: ignore[no-any-return]
 
 
-class GateUp:
-    """`down(silu(gate(x)) * up(x))` with gate and up as one weight, `[2 I, K]`.
+class Joined:
+    """The weights of layers that read the same input, one below the other.
 
-    The weight is a copy, made on first use and anew where either original has changed.
+    A copy, made on first use and anew where an original has changed.
     """
 
     def __init__(self) -> None:
-        self._made: tuple[Any, Tensor, Tensor | None] | None = None
+        self._made: tuple[Any, dict[str, Any]] | None = None
+
+    def __call__(self, *layers: nn.Module) -> dict[str, Any]:
+        """What `fused_gemv` takes: weight, weight_scale and bias of all layers."""
+        parts = [getattr(layer, name, None) for name in _TENSORS for layer in layers]
+        tensors = [t for t in parts if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return join(*layers)  # a copy that is kept would keep its graph
+        state = [(t.data_ptr(), t.device, t.dtype, version(t)) for t in tensors]
+        made = self._made
+        if made is None or made[0] != state:
+            if capturing(tensors[0].device):
+                return join(*layers)  # it has no numbers before the graph is replayed
+            with torch.inference_mode(False), torch.no_grad():  # to be used in any mode
+                made = self._made = (state, join(*layers))
+        return made[1]
+
+
+_TENSORS = ("weight", "weight_scale", "bias")
+
+
+def join(*layers: nn.Module) -> dict[str, Any]:
+    """Weights of nn.Linear, or of quantised layers whose blocks end where each layer ends."""
+    parts = {
+        n: [t for t in (getattr(x, n, None) for x in layers) if t is not None] for n in _TENSORS
+    }
+    return {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
+
+
+def capturing(device: torch.device) -> bool | None:
+    """Whether calls go into a graph; None where the device's module does not tell."""
+    if device.type == "cpu":
+        return False
+    module = getattr(torch, device.type, None)
+    tell = getattr(module, "is_current_stream_capturing", None)
+    return None if tell is None else bool(tell())
+
+
+def version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+class GateUp:
+    """`down(silu(gate(x)) * up(x))` with gate and up as one weight, `[2 I, K]`.
+
+    Not under torch.compile, which could not see that the originals have changed.
+    """
+
+    def __init__(self) -> None:
+        self._joined = Joined()
 
     def __call__(self, patch: Patch, users: tuple[Any, ...], x: Tensor) -> Tensor:
         mlp, place = patch.owner, "gate-up with SwiGLU"
+        if torch.compiler.is_compiling():
+            return patch.stock(x)  # type: ignore[no-any-return]
         counted = censuses_of(users)
         why = refusal(x, mlp.gate_proj.weight, mlp.up_proj.weight)
-        if not why and any(_hooked(part) for part in (mlp.gate_proj, mlp.up_proj)):
+        if not why and any(hooked(part) for part in (mlp.gate_proj, mlp.up_proj)):
             why = "hooks on gate or up"
         if why:
             ran_stock(counted, "fused_gemv", place, why)
             return patch.stock(x)  # type: ignore[no-any-return]
-        weight, bias = self._weight(mlp.gate_proj, mlp.up_proj)
-        y = run(counted, "fused_gemv", place, x, weight, bias=bias, activation="swiglu")
+        weights = self._joined(mlp.gate_proj, mlp.up_proj)
+        y = run(counted, "fused_gemv", place, x, **weights, activation="swiglu")
         return mlp.down_proj(y)  # type: ignore[no-any-return]
 
-    def _weight(self, gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        parts = [t for t in (gate.weight, up.weight, gate.bias, up.bias) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in parts):
-            return joined(gate, up)  # a copy that is kept would keep its graph
-        state = [(t.data_ptr(), t.device, t.dtype, _version(t)) for t in parts]
-        made = self._made
-        if made is None or made[0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # to be used in any mode
-                made = self._made = (state, *joined(gate, up))
-        return made[1], made[2]
 
-
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def joined(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
-    return torch.cat([gate.weight, up.weight]), bias
+def rms_norm(patch: Patch, users: tuple[Any, ...], hidden_states: Tensor) -> Tensor:
+    """RMSNorm by torch's own function: two kernels on CUDA, where the model's code takes eight.
+
+    x `[batch, seq, ..., D]`. Two and not one, for the model rounds before it multiplies by the
+    weight. torch.compile makes one kernel of the model's code.
+    """
+    x, norm = hidden_states, patch.owner
+    tokens = x.shape[: min(2, x.dim() - 1)].numel()
+    if torch.compiler.is_compiling() or refusal(x, norm.weight, rows=tokens):
+        return patch.stock(x)  # type: ignore[no-any-return]
+    y: Tensor = norm.weight * F.rms_norm(x, norm.weight.shape, None, norm.variance_epsilon)
+    return y
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def router(
+    patch: Patch, users: tuple[Any, ...], hidden_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A router by softmax: logits `[M, E]`, weights and ids of the experts chosen, `[M, k]`.
+
+    Where the weights of those chosen are divided by their sum, a softmax over them alone is the
+    same.
+    """
+    gate, place = patch.owner, "router"
+    counted = censuses_of(users)
+    x = hidden_states.reshape(-1, gate.hidden_dim)
+    why = refusal(x, gate.weight)
+    if why:
+        ran_stock(counted, "fused_gemv", place, why)
+        return patch.stock(hidden_states)  # type: ignore[no-any-return]
+    logits: Tensor = run(counted, "fused_gemv", place, x, gate.weight)
+    if getattr(gate, "norm_topk_prob", True):  # Mixtral, which has no choice, divides
+        chosen, ids = logits.topk(gate.top_k, dim=-1)
+        weights = torch.softmax(chosen, -1, dtype=torch.float32)
+    else:
+        weights, ids = torch.softmax(logits, -1, dtype=torch.float32).topk(gate.top_k, dim=-1)
+    if hasattr(gate, "norm_topk_prob"):  # Qwen3-MoE rounds, Mixtral does not
+        weights = weights.to(logits.dtype)
+    return logits, weights, ids
 
 
 def experts(
@@ -149,57 +219,6 @@ def expert_layers(
     )  # fmt: skip
 
 
-def attention(patch: Patch, users: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-    """An attention module's own code, marked as accelerated for the rotary function it calls."""
-    before = getattr(_inside, "users", ())
-    _inside.users = users
-    try:
-        return patch.stock(*args, **kwargs)
-    finally:
-        _inside.users = before
-
-
-def rotary(
-    patch: Patch,
-    _: tuple[Any, ...],
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """`apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)` of a family's module.
-
-    The function belongs to all models of the family, so it asks whether an accelerated attention
-    module calls it. q and k `[batch, heads, seq, D]`; cos and sin `[batch or 1, seq, D]`, both
-    halves alike. The interleaved form comes and goes as the family has it: in as pairs, out as
-    halves.
-    """
-    users = getattr(_inside, "users", ())
-    unsqueeze_dim = kwargs.get("unsqueeze_dim", 1)
-    why, counted, place = "", censuses_of(users), "rotary"
-    if args or unsqueeze_dim not in (1, 2) or set(kwargs) - {"unsqueeze_dim"}:
-        why = "arguments that the op has not"
-    elif q.dtype not in FLOATS or cos.dtype not in (torch.float32, q.dtype):
-        why = f"dtypes {_name(q)} and {_name(cos)}"
-    if why or not users:
-        ran_stock(counted, "rotary_embedding", place, why)
-        return patch.stock(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return]
-    # The op writes in place, and these are views of what the projections returned: copy.
-    if patch.name.endswith("_interleave"):
-        q, k = (torch.cat([t[..., 0::2], t[..., 1::2]], -1) for t in (q, k))
-    else:
-        q, k = q.clone(), k.clone()
-    half = cos.shape[-1] // 2
-    table = torch.cat([cos[..., :half], sin[..., :half]], -1).flatten(0, 1)
-    rows = torch.arange(table.shape[0], device=q.device).view(cos.shape[:2])
-    positions = rows.expand(q.shape[0], -1)
-    by_token = [t.transpose(1, 2) if unsqueeze_dim == 1 else t for t in (q, k)]
-    run(counted, "rotary_embedding", place, positions, *by_token, q.shape[-1], table)
-    return q, k
-
-
 class SharedExperts:
     """A block that adds shared experts to routed ones: `routed * factor + shared`.
 
@@ -214,7 +233,7 @@ class SharedExperts:
     def __call__(self, patch: Patch, users: tuple[Any, ...], hidden_states: Tensor) -> Tensor:
         x, block, place = hidden_states, patch.owner, "routed * factor + shared"
         if x.dtype not in FLOATS:
-            ran_stock(censuses_of(users), "fused_mul_add", place, f"dtype {_name(x)}")
+            ran_stock(censuses_of(users), "fused_mul_add", place, f"dtype {name_of(x)}")
             return patch.stock(x)  # type: ignore[no-any-return]
         _, topk_weights, topk_ids = self._router(x)
         routed = block.experts(x.view(-1, x.shape[-1]), topk_ids, topk_weights).view(x.shape)

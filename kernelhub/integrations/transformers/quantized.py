@@ -242,9 +242,9 @@ def _mlp_refusal(mlp: Any, scheme: str, group_size: int | None) -> str:
 
 
 def _mlp(mlp: Any, scheme: str, group_size: int | None) -> QuantizedMLP:
-    weight, bias = layers.joined(mlp.gate_proj, mlp.up_proj)
-    bias = None if bias is None else bias.detach()
-    gate_up = QuantizedLinear(*_codes(weight, scheme, group_size), bias, "swiglu")
+    both = layers.join(mlp.gate_proj, mlp.up_proj)
+    bias = None if both["bias"] is None else both["bias"].detach()
+    gate_up = QuantizedLinear(*_codes(both["weight"], scheme, group_size), bias, "swiglu")
     return QuantizedMLP(gate_up, _linear(mlp.down_proj, scheme, group_size))
 
 

@@ -1,0 +1,124 @@
+"""Accelerated models under torch.compile: one graph, stock's tokens, stock again afterwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+import kernelhub
+from kernelhub.integrations.transformers import Census, accelerate, quantize
+from tests.integrations.models import make, say
+
+# Of a graph; query, key and value, gate and up each have a product of their own.
+OPS: dict[str, dict[str, int]] = {
+    "llama": {"fused_gemv": 2 * (4 + 3) + 1, "rotary_embedding": 2},
+    "qwen3_moe": {
+        "fused_gemv": 2 * 4 + 3 + 1 + 1,
+        "fused_moe_gemv": 2,
+        "rotary_embedding": 2,
+    },
+    "mixtral": {"fused_gemv": 2 * (4 + 1) + 1, "fused_moe_gemv": 4, "rotary_embedding": 2},
+    "deepseek_v3": {
+        "fused_gemv": 2 * (5 + 3) + 1,
+        "fused_moe_gemv": 2,
+        "fused_mul_add": 1,
+        "rotary_embedding": 2,
+    },
+}
+IDS = torch.tensor([[5, 17, 3], [7, 2, 30]])
+
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: Any, ops: Counter[str] | None = None) -> Any:
+    """The model as one graph; the ops in each graph are counted in `ops`."""
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+        if ops is not None:
+            ops.update(n.split(".")[1] for n in names if n.startswith("kernelhub."))
+        return aot_eager(graph, example)
+
+    return torch.compile(model.forward, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("family", OPS)
+def test_tokens_are_stocks(family: str) -> None:
+    """Prompt and steps over a static cache, each one graph."""
+    model = make(family)
+    stock = say(model, cache_implementation="static")
+    ops: Counter[str] = Counter()
+    with accelerate(model):
+        model.forward = compiled(model, ops)
+        said = say(model, cache_implementation="static")
+        del model.forward
+    assert torch.equal(said.tokens, stock.tokens)
+    assert said.error(stock) < 1e-5
+    assert dict(ops) == {op: 2 * count for op, count in OPS[family].items()}
+    assert torch.equal(say(model, cache_implementation="static").logits, stock.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_entering_and_leaving_are_seen(family: str) -> None:
+    """One compiled function, called outside, inside and outside again."""
+    model = make(family).bfloat16()  # in bf16 the op's rotary embedding differs in its bits
+    run = compiled(model)
+    stock = run(IDS).logits
+    with accelerate(model):
+        inside = run(IDS).logits
+        eager = model(IDS).logits
+    assert torch.equal(run(IDS).logits, stock)
+    assert not torch.equal(inside, stock)
+    torch.testing.assert_close(inside, eager, rtol=0.02, atol=0.02 * eager.abs().max().item())
+
+
+@torch.no_grad()
+def test_new_weights_are_seen() -> None:
+    """No copy of joined weights is in the graph; nothing is counted in it."""
+    model, census = make("llama"), Census()
+    with accelerate(model, census=census):
+        run = compiled(model)
+        run(IDS)
+        layer = model.model.layers[0]
+        for part in (layer.mlp.up_proj, layer.self_attn.k_proj):
+            part.weight.mul_(1.5)
+        got = run(IDS).logits
+    assert not census.rows
+    torch.testing.assert_close(got, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+def test_quantised_models(scheme: str) -> None:
+    model = make("qwen3_moe", torch.bfloat16)
+    quantize(model, scheme)  # type: ignore[arg-type]
+    with accelerate(model):
+        expected = model(IDS).logits
+        got = compiled(model)(IDS).logits
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_the_policy_is_the_callers() -> None:
+    """Each op chooses its backend when it runs."""
+    model = make("llama")
+    with accelerate(model):
+        run = compiled(model)
+        reference = run(IDS).logits
+        with kernelhub.use("simt"):
+            simt = run(IDS).logits
+    assert not torch.equal(simt, reference)
+    torch.testing.assert_close(simt, reference, rtol=1e-4, atol=1e-5)
