@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from kernelhub.integrations.census import Census
 from kernelhub.integrations.transformers import experts, families, layers, patches
-from kernelhub.integrations.transformers.census import Census
 from kernelhub.integrations.transformers.families import Family, Layer
 from kernelhub.integrations.transformers.quantized import QUANTIZED, count
 

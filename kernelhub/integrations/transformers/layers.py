@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelhub.integrations.transformers.census import Census, ran_stock, run
+from kernelhub.integrations import MAX_ROWS
+from kernelhub.integrations.census import Census, ran_stock, run
 from kernelhub.integrations.transformers.families import FLOATS
 from kernelhub.integrations.transformers.patches import Patch
-
-MAX_ROWS = 16
-"""Rows up to which GEMV is tuned: with more the model's own matrix products run."""
 
 _inside = threading.local()
 
