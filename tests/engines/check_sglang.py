@@ -193,32 +193,41 @@ def info(**given: Any) -> SimpleNamespace:
 
 def test_sampling(census: engines.counting.Census) -> None:
     sampler: Any = Sampler.__new__(Sampler)
-    probs = torch.softmax(torch.randn(4, 96, generator=torch.Generator().manual_seed(0)) * 3, -1)
-    positions, seeds = torch.tensor([5, 6, 7, 8]), torch.tensor([1, 2, 3, 4])
+    g = torch.Generator().manual_seed(0)
+    probs = torch.softmax(torch.randn(256, 96, generator=g), -1)
+    positions, seeds = torch.arange(256), torch.arange(256) * 7
     batch = info(
-        top_k=torch.tensor([40, 1, 1 << 30, 3], dtype=torch.int32),
-        top_p=torch.tensor([0.9, 1.0, 0.5, 1.0]),
-        min_p=torch.tensor([0.0, 0.0, 0.1, 0.2]),
+        top_k=torch.tensor([40, 1, 1 << 30, 3], dtype=torch.int32).repeat(64),
+        top_p=torch.tensor([0.6, 1.0, 0.5, 0.4]).repeat(64),
+        min_p=torch.tensor([0.0, 0.0, 0.1, 0.2]).repeat(64),
     )
     batch.sampling_seed = seeds
     tokens, mask = sampler._sample_from_probs(probs, batch, positions, False)
     op = kernelhub.ops.top_k_top_p_sampling_from_probs
-    expected = op(
-        probs, batch.top_ks, batch.top_ps, min_p=batch.min_ps, filter_apply_order="joint",
-        seed=seeds, offset=positions,
-    )  # fmt: skip
+
+    def drawn(order: str, offset: Tensor, least: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"filter_apply_order": order, "seed": seeds, "offset": offset}
+        made: Tensor = op(probs, batch.top_ks, batch.top_ps, min_p=least, **options)
+        return made
+
     assert mask is None
-    assert torch.equal(tokens, expected)
-    assert tokens[1] == probs[1].argmax()
-    later, _ = sampler._sample_from_probs(probs.repeat(8, 1), info(), positions, True)
-    assert later.shape == (32,)
+    assert torch.equal(tokens, drawn("joint", positions, batch.min_ps))
+    for other in (
+        drawn("top_k_first", positions, batch.min_ps),
+        drawn("joint", positions * 0, batch.min_ps),
+        drawn("joint", positions, None),
+    ):
+        assert not torch.equal(tokens, other)
+    assert torch.equal(tokens[1::4], probs[1::4].argmax(-1))
+    later, _ = sampler._sample_from_probs(probs, info(), positions, True)
+    assert later.shape == (256,)
     assert len(set(later.tolist())) > 4
     assert rows(census) == [("top_k_top_p_sampling_from_probs", "reference", "default ranking")]
     batch = info()
     batch.sampling_mask_batch_indices = torch.tensor([0])
     tokens, mask = sampler._sample_from_probs(probs, batch, positions, True)
     assert mask is not None
-    assert tokens.shape == (4,)
+    assert tokens.shape == (256,)
     assert census.count(op.spec.name, "stock") == 1
 
 
