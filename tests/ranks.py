@@ -210,6 +210,7 @@ class Rank:
                 graph.replay()
                 stream.synchronize()
                 assert torch.equal(y, expected)
+        graph.reset()  # while a graph holds a collective, its process group cannot be destroyed
 
 
 def use_ops(backends: list[str]) -> None:
