@@ -13,8 +13,8 @@ from transformers import StaticCache
 from transformers.utils import logging
 
 import kernelhub
+from kernelhub.integrations.census import run
 from kernelhub.integrations.transformers import Census, Sampler, accelerate, quantize, sampler
-from kernelhub.integrations.transformers.census import run
 from tests.integrations.models import FAMILIES, PROMPT, make, say
 from tests.integrations.recital import PROMPT as BEGINNING
 from tests.integrations.recital import TEXT, load, recite

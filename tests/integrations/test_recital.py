@@ -11,8 +11,8 @@ import torch
 from transformers.utils import logging
 
 import kernelhub
+from kernelhub.integrations.census import run
 from kernelhub.integrations.transformers import Sampler, accelerate, attention, layers, quantized
-from kernelhub.integrations.transformers.census import run
 from tests.integrations.recital import FOLDER, PROMPT, TEXT, load, recite, script
 
 ON_EMULATOR = 24  # tokens

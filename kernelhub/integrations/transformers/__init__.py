@@ -26,8 +26,8 @@ if not (5, 17) <= _version < (6, 0):
         f"found {_transformers.__version__}"
     )
 
+from kernelhub.integrations.census import Census, Row  # noqa: E402
 from kernelhub.integrations.transformers.accelerate import Accelerated, accelerate  # noqa: E402
-from kernelhub.integrations.transformers.census import Census, Row  # noqa: E402
 from kernelhub.integrations.transformers.families import Layer  # noqa: E402
 from kernelhub.integrations.transformers.quantized import (  # noqa: E402
     Quantized,

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kernelhub.integrations.census import Census
 from kernelhub.integrations.transformers import attention, experts, families, layers, patches
-from kernelhub.integrations.transformers.census import Census
 from kernelhub.integrations.transformers.families import Family, Layer
 from kernelhub.integrations.transformers.quantized import QUANTIZED, count
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kernelhub.integrations import MAX_ROWS
+from kernelhub.integrations.census import ran_stock, run
 from kernelhub.integrations.transformers import families, layers
-from kernelhub.integrations.transformers.census import ran_stock, run
 from kernelhub.integrations.transformers.families import FLOATS
 from kernelhub.integrations.transformers.patches import Patch
 from kernelhub.integrations.transformers.quantized import QuantizedLinear
@@ -214,7 +215,7 @@ def decode(
         or attention_mask is None
         or attention_mask.shape[1:3] != (1, 1)
         or dropout
-        or batch > layers.MAX_ROWS
+        or batch > MAX_ROWS
         or kwargs.get("position_bias") is not None
         or kwargs.get("softcap") is not None
     ):

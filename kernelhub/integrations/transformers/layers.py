@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelhub.integrations.transformers.census import Census, ran_stock, run
+from kernelhub.integrations import MAX_ROWS
+from kernelhub.integrations.census import Census, ran_stock, run
 from kernelhub.integrations.transformers.families import FLOATS
 from kernelhub.integrations.transformers.patches import Patch
-
-MAX_ROWS = 16
-"""Rows up to which GEMV is tuned: with more the model's own matrix products run."""
 
 
 def censuses_of(users: tuple[Any, ...]) -> tuple[Census, ...]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kernelhub import quantize as quantization
 from kernelhub.errors import ArgumentError
+from kernelhub.integrations.census import Census, run
 from kernelhub.integrations.transformers import families, layers
-from kernelhub.integrations.transformers.census import Census, run
 from kernelhub.integrations.transformers.families import Family, Layer
 from kernelhub.integrations.transformers.patches import Patch
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from kernelhub.errors import ArgumentError
-from kernelhub.integrations.transformers.census import Census, run
+from kernelhub.integrations.census import Census, run
 
 NAME = "top_k_top_p_sampling_from_probs"
 

@@ -30,8 +30,9 @@ class Row:
 class Census:
     """Counts the calls of ops; one may serve several models, samplers and threads.
 
-    `accelerate(model, census=census)` and `Sampler(..., census=census)` fill it. Each counted call
-    is explained (`op.explain`), which costs more than a small call itself: count or time, not both.
+    `accelerate(model, census=census)` and `Sampler(..., census=census)` fill it; the adapters for
+    serving engines have one of theirs. Each counted call is explained (`op.explain`), which costs
+    more than a small call itself: count or time, not both.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ def run(censuses: Iterable[Census], op: str, place: str, *args: Any, **kwargs: A
     function = kernelhub.op(op)
     for census in () if is_compiling() else censuses:
         selection = function.explain(*args, **kwargs)
-        census.add(op, place, selection.backend or "none", _why(selection))
+        census.add(op, place, selection.backend or "none", reasons_of(selection))
     return function(*args, **kwargs)
 
 
@@ -81,7 +82,7 @@ def ran_stock(censuses: Iterable[Census], op: str, place: str, why: str) -> None
         census.add(op, place, STOCK, why)
 
 
-def _why(selection: Selection) -> str:
+def reasons_of(selection: Selection) -> str:
     """The policy, and what kept those that stand before the chosen one."""
     reasons = [selection.origin]
     for candidate in selection.candidates:
