@@ -195,6 +195,9 @@ def _shapes() -> dict[str, _Make]:
         "head-size-none": _put(head_size=None),
         "rot-dim-given": lambda g: _call(g, rot_dim=10) | {"rot_dim": 10},
         "batch": partial(_call, tokens=(2, 3), rot_dim=8),
+        "batch-of-packs-sequence-first": partial(
+            _call, tokens=(2, 3), heads=(2, 2), head_size=16, layout=_swapped
+        ),
         "batch-flat": partial(_call, tokens=(3, 2), flat=True, is_neox=False, dtype=bf16),
         "batch-packed": partial(_packed, tokens=(2, 2), heads=(2, 3), dtype=half),
         "batch-sequence-first": partial(
