@@ -200,14 +200,19 @@ def seconds(call: Call, count: int, device: torch.device) -> float:
     return float(begin.elapsed_time(end)) / 1e3 / count
 
 
-def kernels(call: Call) -> dict[str, int]:
+_NAME = 120  # of a kernel, so many letters are told
+
+
+def kernels(call: Call) -> dict[str, tuple[int, float]]:
     """How often a step launches each kernel."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
     rows = profile.key_averages()
-    return {row.key: row.count for row in rows if row.self_device_time_total > 0}
+    found = [row for row in rows if row.self_device_time_total > 0]
+    found.sort(key=lambda row: row.self_device_time_total, reverse=True)
+    return {row.key[:_NAME]: (row.count, row.self_device_time_total) for row in found}
 
 
 # ---- variants ------------------------------------------------------------------------------------
@@ -222,7 +227,7 @@ class Variant:
     step: Step | None = None
     failure: str = ""
     errors: list[float] = attrs.field(factory=list)
-    kernels: dict[str, int] = attrs.field(factory=dict)
+    kernels: dict[str, tuple[int, float]] = attrs.field(factory=dict)
 
     @property
     def stock(self) -> bool:
@@ -392,7 +397,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             continue
         share = f"{row['ratio']:6.2f}" if "ratio" in row else f"{'':6}"
         error = f"{row['error']:.1e} {row['largest_error']:.1e}" if "error" in row else ""
-        count = f"{sum(row['kernels'].values()):4} kernels" if "kernels" in row else ""
+        count = (
+            f"{sum(n for n, _ in row['kernels'].values()):4} kernels" if "kernels" in row else ""
+        )
         mark = "  the better stock" if row.get("best_stock") == row["variant"] else ""
         us = f"{row['us']:9.1f} ±{row['spread_us']:5.1f}"
         print(f"{start}{us} {share}  {error:<16} {count}{mark}", flush=True)
@@ -410,7 +417,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of stock's compile")
     parser.add_argument("--compile-seconds", type=float, default=90)
-    parser.add_argument("--kernels", action="store_true", help="count each kernel of a step")
+    parser.add_argument(
+        "--kernels", action="store_true", help="count and time each kernel of a step"
+    )
     given = parser.parse_args()
     given.steps = 2 if given.tiny else SPARE
     sizes = {n: s for n, s in (TINY if given.tiny else SIZES).items() if n in (given.model or [n])}

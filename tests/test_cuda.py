@@ -226,7 +226,7 @@ def test_the_second_device(op: str) -> None:
     with torch.cuda.device(1):
         assert same(called(op, copied(arguments, "cuda:1")), expected)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             result = called(op, arguments)
         for seed in range(1, 4):
             refill(arguments, seed)

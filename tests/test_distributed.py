@@ -31,13 +31,14 @@ pytestmark = pytest.mark.skipif(
 def run(*command: str) -> str:
     """What a Python program and its ranks print; ends all of them where they take too long."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KERNELHUB_BACKEND")}
+    found_in = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": found_in},
         start_new_session=True,
     ) as process:
         try:
