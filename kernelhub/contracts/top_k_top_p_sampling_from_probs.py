@@ -457,6 +457,11 @@ def _exact() -> Iterator[Case]:
     # So many samples that each has a block of its own, which reads its row in several steps.
     yield case("long-row-often", partial(_model_probs, rows=1, vocab_size=25001), draws=130,
                top_k=2000, top_p=0.99)  # fmt: skip
+    # The same with few to keep, told by the largest values of groups.
+    for order in ("top_k_first", "joint"):
+        yield case(f"few-of-long-rows-often-{order}", _few_of_long_rows,
+                   top_k=torch.tensor([60, 5, 200]), top_p=torch.tensor([0.5, 0.9, 0.7]),
+                   indices=torch.arange(130) % 3, filter_apply_order=order)  # fmt: skip
     yield case("masses-near-2^63", torch.ones(1, 20000), top_p=0.999, seed=-3,
                indices=torch.zeros(3, dtype=torch.int64))  # fmt: skip
 
@@ -517,6 +522,14 @@ def _long_rows(g: torch.Generator) -> Tensor:
     probs[5, 30000], probs[6, -1] = 2.0, 1e-3
     probs[7:] = _model_probs(g, 2, vocab_size, 1.0)
     probs[7, 39000], probs[8, 17] = math.nan, -math.inf
+    return probs
+
+
+def _few_of_long_rows(g: torch.Generator) -> Tensor:
+    """Peaked, with values above 1 and below 0, flat."""
+    probs = _model_probs(g, 3, 25001, 3.0)
+    probs[1, 100:25000:2700], probs[1, 7:25000:3000] = 1.25, -0.5
+    probs[2] = torch.rand(25001, generator=g) / 12500
     return probs
 
 

@@ -161,19 +161,7 @@ KERNEL_MUTANTS = (
     _fault(
         "row-s-end-read-whole", "end * kPack - lead <= size;", "end * kPack - lead <= size + 1;"
     ),
-    # Groups.
-    _fault(
-        "groups-of-three-quarters",
-        "while (steps > kGroups << shift)",
-        "while (steps * 3 > kGroups * 4 << shift)",
-    ),
-    _fault("one-group-short", "count < wanted;) count +=", "count + 1.f < wanted;) count +="),
-    _fault("groups-at-the-bound-skipped", "< low >> 16) continue;", "<= low >> 16) continue;"),
-    _fault(
-        "groups-above-one-in-any-bin",
-        "bin < kGroupBins ? static_cast<int>(bin) : kGroupBins - 1",
-        "bin < kGroupBins ? static_cast<int>(bin) : 0",
-    ),
+    # Groups: only what must hold wherever the bound is.
     _fault(
         "group-s-last-step-left-out",
         "step < end && step < slice.steps; ++step) {",
@@ -190,13 +178,7 @@ KERNEL_MUTANTS = (
         "if (lane() == 0) atomicMax(&s.rounds,",
         "if (threadIdx.x == 0) atomicMax(&s.rounds,",
     ),
-    _fault("too-many-groups-believed", "s.listed = kCapacity + 1;", "s.listed = 0;"),
     _fault("group-s-total-lost", "all.high += mass.high;", ""),
-    _fault(
-        "lowest-bound-of-blocks",
-        "warp_max(static_cast<int>(lane() < blocks ? parts[lane()].plan.low : 0));",
-        "static_cast<int>(parts[0].plan.low);",
-    ),
     _fault("below-the-bound-counted", "if (bits >= plan.low) atomicAdd", "if (bits > 0) atomicAdd"),
     # The threshold.
     _fault(
