@@ -8,6 +8,9 @@
 //     threshold most likely lies. This is a guess; it decides the speed, never the result.
 //  2. Stream: all elements are read. What lies above the bracket is summed, exactly, for each part
 //     of the row; what lies in it is listed, part by part.
+//     Where top-k is small both are done by groups: the largest value of each group of elements is
+//     kept; as many groups as top-k have a bound in common, and what reaches it, in groups that are
+//     read again, is the list. No guess: the list holds the threshold, if it is long enough.
 //  3. Threshold: from the list, by histogram and then by comparing the last few with each other.
 //     The exact sums show whether the bracket held it.
 //  4. Draw: the parts' masses, with those of the list, say in which part the token lies. Only that
@@ -19,7 +22,7 @@
 //
 // A block takes a sample, and its warps the parts of the row. Where samples are few several blocks
 // share a row: each takes a part through steps 1 and 2 (with the same bracket, as all look at the
-// same elements), a second launch does the rest. No block waits for another.
+// same elements, or a bound of its own), a second launch does the rest. No block waits for another.
 //
 // Bound by reading the row, and by about 15 instructions an element; with few samples by latency,
 // that is by barriers and loads one after the other. 512 threads of up to 64 registers: two blocks
