@@ -260,7 +260,11 @@ int run(const Rotation& r, stream_t stream) {
     fits = fits && v == static_cast<int32_t>(v);
     return static_cast<int>(v);
   };
-  Plain p = {r.query.data, r.key.data, r.positions.data, r.table};
+  Plain p = {};
+  p.query = r.query.data;
+  p.key = r.key.data;
+  p.positions = r.positions.data;
+  p.table = r.table;
   p.wide = r.positions.wide;
   p.query_token = narrow(r.query.token_stride);
   p.query_head = narrow(r.query.head_stride);
