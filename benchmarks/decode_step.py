@@ -204,7 +204,7 @@ _NAME = 120  # of a kernel, so many letters are told
 
 
 def kernels(call: Call) -> dict[str, tuple[int, float]]:
-    """How often a step launches each kernel."""
+    """How often a step launches each kernel, and the microseconds of all its launches."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()

@@ -330,7 +330,8 @@ struct Shared {
   Edge edge[kMarks];
   int by_count, by_mass;  // thresholds, as bits
   unsigned listed, few_listed, told;
-  int rounds;  // in which a warp filled the list: runs of each
+  unsigned low;  // of the list that blocks have made together
+  int rounds;    // in which a warp filled the list: runs of each
   bool marked;
 };
 
@@ -1551,13 +1552,13 @@ __global__ void __launch_bounds__(kThreads)
       s.runs[lane()] = run_of(first, own.listed);
       if (lane() == 0) {
         s.found = found;
-        s.mark.bin = static_cast<unsigned>(low);
+        s.low = static_cast<unsigned>(low);
         s.rounds = 1;
       }
     }
   }
   __syncthreads();
-  plan.low = s.mark.bin;
+  plan.low = s.low;
   for (int part = warp(); s.found.listed <= kCapacity && part < blocks; part += kWarps) {
     const unsigned first = s.runs[part] >> kRunBits, listed = s.runs[part] % (1u << kRunBits);
     for (unsigned i = lane(); i < listed; i += kLanes) s.list[first + i] = parts[part].list[i];

@@ -19,8 +19,8 @@ from torch import Tensor
 import kernelhub
 from kernelhub import registry
 from kernelhub.errors import ArgumentError, BackendUnavailable, PolicyError, nearest
-from kernelhub.integrations import MAX_ROWS
 from kernelhub.integrations import census as counting
+from kernelhub.integrations import too_many_rows
 
 VARIABLE = "KERNELHUB_ENGINE_OPS"
 logger = logging.getLogger("kernelhub")
@@ -120,5 +120,4 @@ def why_not_gemv(layer: Any, x: Any) -> str:
         return f"{type(layer).__name__} of {type(x).__name__} and {type(weight).__name__}"
     if getattr(layer, "use_intel_amx_backend", False) or not weight.numel():
         return "the engine has packed the weight"
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return f"more than {MAX_ROWS} rows" if rows > MAX_ROWS else ""
+    return too_many_rows(x)

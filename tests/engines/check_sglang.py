@@ -69,14 +69,6 @@ def loaded() -> Iterator[dict[str, Any]]:
     patch.undo()
 
 
-@pytest.fixture(autouse=True)
-def census(monkeypatch: pytest.MonkeyPatch) -> engines.counting.Census:
-    counted = engines.counting.Census()
-    monkeypatch.setattr(engines, "census", counted)
-    monkeypatch.setattr(engines, "count_all", True)
-    return counted
-
-
 def rows(census: engines.counting.Census) -> list[tuple[str, str, str]]:
     return [(row.op, row.backend, row.why) for row in census.rows]
 

@@ -66,14 +66,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     parallel_state.destroy_distributed_environment()
 
 
-@pytest.fixture(autouse=True)
-def census(monkeypatch: pytest.MonkeyPatch) -> engines.counting.Census:
-    counted = engines.counting.Census()
-    monkeypatch.setattr(engines, "census", counted)
-    monkeypatch.setattr(engines, "count_all", True)
-    return counted
-
-
 def test_what_is_registered() -> None:
     rotary = {n for n in op_registry_oot if n.endswith("RotaryEmbedding")}
     assert {"RotaryEmbedding", "Llama3RotaryEmbedding", "YaRNScalingRotaryEmbedding"} <= rotary

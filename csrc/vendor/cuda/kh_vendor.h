@@ -103,8 +103,8 @@ inline bool brings_up_early() {
   static std::atomic<int> known[kMost];  // 1: no, 2: yes
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (device < kMost && known[device].load(std::memory_order_relaxed) != 0)
-    return known[device].load(std::memory_order_relaxed) == 2;
+  const int kept = device < kMost ? known[device].load(std::memory_order_relaxed) : 0;
+  if (kept != 0) return kept == 2;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
     return false;
   if (device < kMost) known[device].store(major >= 9 ? 2 : 1, std::memory_order_relaxed);

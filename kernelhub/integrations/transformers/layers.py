@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelhub.integrations import MAX_ROWS
+from kernelhub.integrations import too_many_rows
 from kernelhub.integrations.census import Census, ran_stock, run
 from kernelhub.integrations.transformers.families import FLOATS
 from kernelhub.integrations.transformers.patches import Patch
@@ -27,10 +27,9 @@ def censuses_of(users: tuple[Any, ...]) -> tuple[Census, ...]:
 
 def refusal(x: Tensor, *weights: Tensor, rows: int | None = None) -> str:
     """Why the model's own code runs this call; empty where GEMV does. `rows` of x, if not all."""
-    if rows is None:
-        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if rows > MAX_ROWS:
-        return f"more than {MAX_ROWS} rows"
+    why = too_many_rows(x, rows)
+    if why:
+        return why
     if torch.is_autocast_enabled(x.device.type):
         return "under autocast"
     for tensor in (x, *weights):
