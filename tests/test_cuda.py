@@ -299,8 +299,8 @@ CLASSES = [tiles.shape_class(s, 512, k) for s in ("dense", "fp8", "int4") for k 
 STREAMS = [
     t
     for t in tiles.GEMV_TILES
-    if t in tiles.tiles_for("int4 n512 k512", "sm_90a")
-    and t not in tiles.tiles_for("int4 n512 k512", "sm_80")
+    if any(t in tiles.tiles_for(name, "sm_90a") for name in CLASSES)
+    and not any(t in tiles.tiles_for(name, "sm_80") for name in CLASSES)
 ]
 needs_streams = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -337,7 +337,7 @@ def weights(scheme: str, n: int, k: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
-@pytest.mark.parametrize("size", [(4096, 4096), (28672, 1024), (2048, 7168)])
+@pytest.mark.parametrize("size", [(4096, 4096), (28672, 1024), (5120, 2048), (2048, 7168)])
 def test_rows_do_not_depend_on_their_company(scheme: str, size: tuple[int, int]) -> None:
     n, k = size
     made = weights(scheme, n, k)

@@ -7,6 +7,7 @@ namespace kh::gemv {
 int32_t run_stream_dense(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_fp8(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_int4(const Problem& p, const Cut& cut, stream_t stream);
+int32_t run_whole(const Problem& p, stream_t stream);
 
 namespace {
 
@@ -21,8 +22,9 @@ constexpr int kShapes[][4] = {{2, 4, 2, 1}, {2, 8, 2, 1}, {4, 1, 1, 1}, {4, 2, 1
 int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_t stream) {
   constexpr int64_t kCount = sizeof(kShapes) / sizeof(kShapes[0]);
   const int64_t index = tile - kStream;
-  KH_REQUIRE(index < kCount, "'tile': there is no %lld", static_cast<long long>(tile));
-  const int(&shape)[4] = kShapes[index];
+  KH_REQUIRE(index <= kCount, "'tile': there is no %lld", static_cast<long long>(tile));
+  const bool whole = index == kCount;  // rows, by a block
+  const int(&shape)[4] = kShapes[whole ? 0 : index];
   Cut cut = {};
   cut.warps_n = shape[0];
   cut.warps_k = shape[1];
@@ -36,6 +38,9 @@ int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_
       p.rows * p.weight_scale.row_stride + p.k / kSliceK * p.weight_scale.group_stride >= kFar ||
       p.columns * ceil_div(p.outputs, kTileRows / 2) >= kFar)
     return kNotServed;
+  if (whole)
+    return weight_dtype == p.x_dtype && p.topk_ids.data == nullptr ? run_whole(p, stream)
+                                                                   : kNotServed;
   if (weight_dtype == p.x_dtype) return run_stream_dense(p, cut, stream);
   if (weight_dtype == KH_FLOAT8_E4M3FN) return run_stream_fp8(p, cut, stream);
   return run_stream_int4(p, cut, stream);

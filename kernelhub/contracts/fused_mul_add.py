@@ -163,9 +163,25 @@ def _out_is(name: str) -> Callable[[torch.Generator], dict[str, Any]]:
     return make
 
 
-def _out_transposed(g: torch.Generator) -> dict[str, Any]:
-    out = transposed(torch.zeros(3, 37))
-    return {"x": normal(g, (3, 37)), "bias": normal(g, (3, 37)), "scale": 1.3, "out": out}
+def _out_transposed(scale: float | None) -> Callable[[torch.Generator], dict[str, Any]]:
+    """Scaled by a number or, where there is none, a tensor."""
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        made = {"x": normal(g, (3, 37)), "bias": normal(g, (3, 37))}
+        by = normal(g, (3, 37)) if scale is None else scale
+        return {**made, "scale": by, "out": transposed(torch.zeros(3, 37))}
+
+    return make
+
+
+def _scaled_by_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> Callable[[torch.Generator], dict[str, Any]]:
+    def make(g: torch.Generator) -> dict[str, Any]:
+        made = {"x": layout(normal(g, shape, dtype)), "bias": normal(g, shape, dtype)}
+        return {**made, "scale": normal(g, shape, dtype)}
+
+    return make
 
 
 def _cancellation(g: torch.Generator) -> dict[str, Any]:
@@ -187,14 +203,22 @@ def cases() -> Iterator[Case]:
     yield Case("scale-tensor-bf16", "boundary", rows)
     for dtype in FLOATS:
         columns = _tensors((6, 48), (48,), (48,), dtype)
-        yield Case(f"scale-per-column-{dtype}".replace("torch.", ""), "boundary", columns)
+        tag = str(dtype).removeprefix("torch.")
+        yield Case(f"scale-per-column-{tag}", "boundary", columns)
+        for numel in (1, 7, 257):  # backends may have other kernels where scale is a number
+            tail = _scaled_by_tensor((numel,), dtype, Tensor.contiguous)
+            yield Case(f"scale-tensor-tail-{numel}-{tag}", "boundary", tail)
+        for layout in (padded_rows, every_second, misaligned):
+            laid_out = _scaled_by_tensor((5, 33), dtype, layout)
+            yield Case(f"scale-tensor-{layout.__name__}-{tag}", "boundary", laid_out)
     x, bias, scale = (2, 1, 2, 1, 3, 1, 2, 1, 2, 3), (1, 2, 1, 2, 1), (1, 3, 1, 2, 1, 1, 3)
     many = _tensors(x, bias, scale, torch.float32)
     yield Case("ten-dimensions", "boundary", many)
     yield Case("cancellation", "boundary", _cancellation)
     for name in ("x", "bias"):
         yield Case(f"out-is-{name}", "boundary", _out_is(name))
-    yield Case("out-transposed", "boundary", _out_transposed)
+    yield Case("out-transposed", "boundary", _out_transposed(1.3))
+    yield Case("scale-tensor-out-transposed", "boundary", _out_transposed(None))
     yield Case("nan-and-inf", "hostile", _not_finite)
 
     def bad(name: str, error: str, **changes: Any) -> Case:

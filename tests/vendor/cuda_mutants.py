@@ -1,11 +1,14 @@
-"""Every fault planted in CUDA's own kernels is caught by the ops' cases, on a device.
+"""Every fault planted in kernels is caught by the ops' cases, on a CUDA device.
 
 `python -m tests.vendor.cuda_mutants [NAMES]` compiles the library once and each fault's source
-anew, takes some minutes and exits with 1 where a fault was not caught.
+anew, takes some minutes and exits with 1 where a fault was not caught. The faults are those of
+CUDA's own kernels below, and of the portable kernels of `PORTABLE` those that the emulator's tests
+know too. NAMES are of faults, of ops or of files of CUDA's own kernels.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -15,6 +18,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import attrs
 import torch
 
 import kernelhub
@@ -29,16 +33,58 @@ from kernelhub.testing import run_case
 from tests.mutants import Mutant
 
 ARCH = "sm_90a"
-_STREAM = "cuda/gemv_stream.muh"
+_STREAM, _WHOLE = "cuda/gemv_stream.muh", "cuda/gemv_whole.muh"
 _GEMV = ("fused_gemv", "fused_moe_gemv")
-TILE = "s4x2c2"
+TILES = {_STREAM: "s4x2c2", _WHOLE: "whole"}
+PORTABLE = ("fused_mul_add", "rotary_embedding", "top_k_top_p_sampling_from_probs")
 
 
 def _stream(name: str, old: str, new: str, scheme: str = "dense") -> Mutant:
     return Mutant(name, _STREAM, old, new, ARCH, f"gemv_stream_{scheme}.cu")
 
 
+def _whole(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, _WHOLE, old, new, ARCH, "gemv_whole.cu")
+
+
 MUTANTS = (
+    _whole(
+        "up-from-gate",
+        "(halves ? p_.outputs + low : high) * stride",
+        "(halves ? low : high) * stride",
+    ),
+    _whole(
+        "columns-of-the-first-group",
+        "int64_t{first_column_ + column} * p_.x",
+        "int64_t{column} * p_.x",
+    ),
+    _whole(
+        "outputs-of-the-first-group",
+        "int64_t{first_column_ + column} * p_.out",
+        "int64_t{column} * p_.out",
+    ),
+    _whole(
+        "second-tile-as-the-first", "load(tile);\n      put_sums", "load(done);\n      put_sums"
+    ),
+    _whole(
+        "sums-not-cleared-first", "total_[0][n][e] = total_[1][n][e] = 0.f", "total_[0][n][e] = 0.f"
+    ),
+    _whole("odd-halves-lost", "total_[0][n][e] + total_[1][n][e]", "total_[0][n][e]"),
+    _whole(
+        "last-warp-lost", "for (int w = 1; w < kWarps; ++w)", "for (int w = 1; w < kWarps - 1; ++w)"
+    ),
+    _whole(
+        "sums-not-awaited",
+        "      __syncthreads();\n      finish(done, turn);",
+        "      finish(done, turn);",
+    ),
+    _whole("whole-bias-dropped", "v + entry(p_.bias, row * p_.bias.row_stride)", "v"),
+    _whole("rows-past-the-last-written", "if (row >= p_.outputs) continue;", ""),
+    _whole(
+        "whole-swiglu-of-gate",
+        "sum_of(turn, column, place + kTileRows / 2,",
+        "sum_of(turn, column, place,",
+    ),
     _stream(
         "first-source-alone", "for (int s = 1; s < sources; ++s)", "for (int s = 1; s < 1; ++s)"
     ),
@@ -102,6 +148,12 @@ MUTANTS = (
 )
 
 
+def portable(op: str) -> list[Mutant]:
+    """The emulator's faults of an op's kernel."""
+    known = importlib.import_module(f"tests.mutants.{op}").KERNEL_MUTANTS
+    return [attrs.evolve(mutant, only=f"{op}.mu") for mutant in known]
+
+
 def _with_fault(mutant: Mutant, folder: Path) -> Path:
     """A copy of `csrc` that has it."""
     copy = folder / "csrc"
@@ -151,15 +203,29 @@ def libraries_of(mutants: list[Mutant], root: Path) -> list[Path]:
         )
 
 
-def failing_case(library: Path) -> str:
-    """The first case of CUDA's own kernels that a library fails; "" where it fails none."""
+def failing_case(library: Path, of: str) -> str:
+    """The first case that a library fails, of an op or a file of CUDA's own; "" where none."""
+    ops = (of,) if of in PORTABLE else _GEMV
     kernels = Kernels(CUDA, "cuda", lambda device: ARCH, _kernels.stream_of)
     kernels._libraries[ARCH] = Library(library, "cuda")
-    made = kernels.implementations(_GEMV)
+    made = kernels.implementations(ops)
     registry.add_backend(Backend("mutant", made, device_types=("cuda",), automatic=False))
+    return _failing_portable(of) if of in PORTABLE else _failing_own(TILES[of])
+
+
+def _failing_portable(op: str) -> str:
+    for case in sorted(registry.spec(op).cases(), key=lambda case: case.kind == "typical"):
+        outcome = run_case(op, case, "mutant", "cuda")
+        if outcome.status == "failed":
+            return f"{op} {case.name}: {outcome.message}"
+    return ""
+
+
+def _failing_own(tile: str) -> str:
     classes = [f"{s} n512 k{k}" for s in ("dense", "fp8", "int4") for k in (512, 1024)]
     classes.append("dense n65536 k512")
-    with tiles.override({op: dict.fromkeys(classes, TILE) for op in _GEMV}):
+    table = {name: tile for name in classes if tiles.fits(name, tile)}
+    with tiles.override(dict.fromkeys(_GEMV, table)):
         for op in _GEMV:
             for case in registry.spec(op).cases():
                 if case.name.startswith("whole-slices-"):
@@ -194,9 +260,9 @@ def _many_items() -> str:
     return ""
 
 
-def judged(library: Path) -> str:
+def judged(library: Path, of: str) -> str:
     """The same of a child process, which a fault may crash or keep from ending."""
-    command = [sys.executable, "-m", "tests.vendor.cuda_mutants", "--run", str(library)]
+    command = [sys.executable, "-m", "tests.vendor.cuda_mutants", "--run", str(library), of]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     except subprocess.TimeoutExpired:
@@ -207,19 +273,23 @@ def judged(library: Path) -> str:
 
 def main(*names: str) -> int:
     if names[:1] == ("--run",):
-        found = failing_case(Path(names[1]))
+        found = failing_case(Path(names[1]), names[2])
         print(found)
         return 1 if found else 0
-    mutants = [m for m in MUTANTS if not names or m.name in names]
+    faults = [(mutant.module, mutant) for mutant in MUTANTS]
+    faults += [(op, mutant) for op in PORTABLE for mutant in portable(op)]
+    faults = [f for f in faults if not names or f[0] in names or f[1].name in names]
+    kinds = sorted({of for of, _ in faults})
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(8) as pool:
-        sound, *found = pool.map(judged, libraries_of(mutants, Path(temporary)))
-    if sound:
-        print(f"without a fault: {sound}")
-    missed = [m.name for m, why in zip(mutants, found, strict=True) if not why]
-    for mutant, why in zip(mutants, found, strict=True):
-        print(f"{mutant.name}: {why[:150] or 'NOT CAUGHT'}")
-    print(f"{len(mutants) - len(missed)} of {len(mutants)} caught")
-    return 1 if missed or sound else 0
+        sound, *changed = libraries_of([mutant for _, mutant in faults], Path(temporary))
+        failures = [said for said in pool.map(judged, [sound] * len(kinds), kinds) if said]
+        outcomes = list(pool.map(judged, changed, [of for of, _ in faults]))
+    for said in failures:
+        print(f"without a fault: {said}")
+    for (of, mutant), why in zip(faults, outcomes, strict=True):
+        print(f"{of} {mutant.name}: {why[:150] or 'NOT CAUGHT'}")
+    print(f"{sum(map(bool, outcomes))} of {len(faults)} caught")
+    return 1 if failures or not all(outcomes) else 0
 
 
 if __name__ == "__main__":

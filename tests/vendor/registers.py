@@ -17,23 +17,26 @@ _CSRC = Path(__file__).parents[2] / "csrc"
 _KERNEL = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
 )
-_FORMAT = re.compile(r"Format\w*?(half|bf16)_t.*?SchemeE(\d)ELi(\d)ELb(\d)EEELi(\d)E")
+_STREAM = re.compile(r"Format\w*?(half|bf16)_t.*?SchemeE(\d)ELi(\d)ELb(\d)EEELi(\d)E")
+_WHOLE = re.compile(r"gemv_whole_kernelI\w*?(half|bf16)_tELi(\d+)ELi(\d+)ELi(\d+)EE")
 
 
 def read(report: str) -> dict[str, list[int]]:
     """`[registers, spilled bytes]` by kernel, from what ptxas says."""
-    found = {}
-    for name, spilled, used in _KERNEL.findall(report):
-        parts = _FORMAT.search(name)
-        assert parts is not None, name
-        dtype, scheme, tiles, plain, columns = parts.groups()
-        kind = ("dense", "fp8", "int4")[int(scheme)]
-        general = "" if plain == "1" else " general"
-        found[f"{kind}{general} {dtype}, {tiles} x 16 rows, {columns} x 8 columns"] = [
-            int(used),
-            int(spilled),
-        ]
-    return found
+    return {_kind_of(name): [int(u), int(s)] for name, s, u in _KERNEL.findall(report)}
+
+
+def _kind_of(name: str) -> str:
+    """A kernel's parameters in words."""
+    if whole := _WHOLE.search(name):
+        dtype, warps, units, columns = whole.groups()
+        return f"whole {dtype}, {warps} warps, {units} units, {columns} x 8 columns"
+    parts = _STREAM.search(name)
+    assert parts is not None, name
+    dtype, scheme, tiles, plain, columns = parts.groups()
+    kind = ("dense", "fp8", "int4")[int(scheme)]
+    general = "" if plain == "1" else " general"
+    return f"{kind}{general} {dtype}, {tiles} x 16 rows, {columns} x 8 columns"
 
 
 def record() -> dict[str, dict[str, list[int]]]:

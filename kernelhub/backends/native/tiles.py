@@ -26,16 +26,17 @@ from kernelhub.spec import Args
 VARIABLE = "KERNELHUB_TILES"
 
 _PORTABLE_TILES = ("m16w4", "m16w8", "m32w2", "m32w4", "m64w2", "r8", "r16")
-_STREAM_TILES = (
+_CUDA_TILES = (
     *("s2x4c2", "s2x8c2", "s4x1c1", "s4x2c1", "s4x2c2", "s4x2c4"),
-    *("s4x4c2", "s4x4c4", "s8x2c1", "s8x2c4", "d4x2c1", "d4x2c2"),
+    *("s4x4c2", "s4x4c4", "s8x2c1", "s8x2c4", "d4x2c1", "d4x2c2", "whole"),
 )
-GEMV_TILES = (*_PORTABLE_TILES, *_STREAM_TILES)
+GEMV_TILES = (*_PORTABLE_TILES, *_CUDA_TILES)
 """In the order of csrc/common/gemv.muh and csrc/cuda/gemv_stream.cu. The portable ones by rows of
 the weight to a block: `m` runs on the matrix unit, with `w` warps; `r` does without and takes fp32
 too. CUDA's own, for compute capability 9.0 and 10.x, by warps along rows, warps along K and blocks
-of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two. What they do not serve
-(another K, alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
+of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two; `whole`, of 16-bit
+weights without experts, has whole rows in a block or cluster. What they do not serve (another K,
+alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
@@ -72,16 +73,15 @@ def _rounded(size: int) -> int:
 
 
 def fits(name: str, tile: str) -> bool:
-    """Whether a tile serves a class: the matrix unit has no fp32, `d` is for int4."""
-    return not (name.startswith("fp32") and tile[0] in "msd") and (
-        tile[0] != "d" or name.startswith("int4")
-    )
+    """Whether a tile serves a class: no fp32 on the matrix unit, `d` is int4's, `whole` dense's."""
+    only = {"d": ("int4",), "w": ("dense",), "r": tuple(dict.fromkeys(_SCHEMES.values()))}
+    return name.startswith(only.get(tile[0], ("dense", "fp8", "int4")))
 
 
 def tiles_for(name: str, arch: str) -> tuple[str, ...]:
     """The tiles that serve a class on an architecture."""
     kinds = "r" if arch.startswith(_WITHOUT_MATRIX_UNIT) else "mr"
-    kinds += "sd" if arch.startswith(_WITH_STREAMS) else ""
+    kinds += "sdw" if arch.startswith(_WITH_STREAMS) else ""
     return tuple(t for t in GEMV_TILES if t[0] in kinds and fits(name, t))
 
 
@@ -112,7 +112,7 @@ def choose(op: str, arch: str, scheme: str, rows: int, k: int) -> int:
     else:
         tile = default(op, arch, scheme, rows, k)
     position = OPS[op].index(tile)
-    if tile in _STREAM_TILES:
+    if tile in _CUDA_TILES:
         position += OPS[op].index(portable(op, arch, scheme, rows, k)) << 8
     return position
 
@@ -150,6 +150,8 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
         if k > 2048:
             return "s4x2c2"
         return "s4x2c1" if k > 1024 else "s4x1c1"
+    if scheme == "dense" and 1024 < k <= 4096:
+        return "whole"
     if k > 8192:
         return "s4x4c4" if rows <= 4096 and scheme != "int4" else "s4x2c4"
     if k > 4096:
@@ -161,7 +163,7 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
     if rows > 4096 and (k > 2048 or rows <= 8192):
         return "s4x2c2" if scheme == "int4" else "s8x2c4"
     if k > 2048:
-        return "s4x4c2" if scheme == "dense" else "s4x2c2"
+        return "s4x2c2"
     return "s2x4c2" if rows <= 2048 else "s4x2c2"
 
 
