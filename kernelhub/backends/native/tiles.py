@@ -35,8 +35,8 @@ GEMV_TILES = (*_PORTABLE_TILES, *_CUDA_TILES)
 the weight to a block: `m` runs on the matrix unit, with `w` warps; `r` does without and takes fp32
 too. CUDA's own, for compute capability 9.0 and 10.x, by warps along rows, warps along K and blocks
 of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two; `whole`, of 16-bit
-weights without experts, has whole rows in a block or cluster. What they do not serve (another K,
-alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
+weights without experts, has whole rows in a block. What they do not serve (another K, alignment,
+group size or dtype of x) runs on the portable tile that `portable` names."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
