@@ -74,8 +74,8 @@ def _rounded(size: int) -> int:
 
 def fits(name: str, tile: str) -> bool:
     """Whether a tile serves a class: no fp32 on the matrix unit, `d` is int4's, `whole` dense's."""
-    only = {"d": ("int4",), "w": ("dense",), "r": tuple(dict.fromkeys(_SCHEMES.values()))}
-    return name.startswith(only.get(tile[0], ("dense", "fp8", "int4")))
+    only = {"d": "int4", "w": "dense"}.get(tile[0], "")
+    return name.startswith(only) and not (name.startswith("fp32") and tile[0] in "msdw")
 
 
 def tiles_for(name: str, arch: str) -> tuple[str, ...]:
