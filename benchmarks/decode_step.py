@@ -28,7 +28,7 @@ import contextlib
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ TRIALS = 8
 LIMIT = 0.05
 """Median error of a row's logits, as a share of its largest, above which a step is wrong."""
 SCHEMES = ("bf16", "fp8", "int4")
-WHOSE = ("stock", "kernelhub")
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -269,7 +268,7 @@ class Bench:
             for who, what, model in made:
                 name = ", ".join(filter(None, (who, what, "compiled" if compiled else "")))
                 variant = Variant(name, what if who == "kernelhub" else "bf16")
-                if compiled and who not in compiling.whose:
+                if compiled and not compiling.wanted:
                     continue
                 mode = self.given.mode if who == "stock" else "default"
                 prepare = lambda m=model, c=compiled, o=mode: self._step(m, ids, o if c else "")  # noqa: E731
@@ -373,8 +372,8 @@ class Bench:
 class Compiling:
     """How much time torch.compile may still take."""
 
-    def __init__(self, whose: Sequence[str]) -> None:
-        self.whose, self.left = whose, 0.0
+    def __init__(self, wanted: bool) -> None:
+        self.wanted, self.left = wanted, 0.0
         torch._dynamo.config.recompile_limit = 1000  # each variant compiles the same code anew
 
     @contextlib.contextmanager
@@ -416,7 +415,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--compiled", action="append", choices=WHOSE, help="both if not given")
     parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of stock's compile")
     parser.add_argument("--compile-seconds", type=float, default=90)
     parser.add_argument(
@@ -430,7 +428,7 @@ def main() -> None:
     if given.tiny:
         torch.set_num_threads(1)
     logging.set_verbosity_error()
-    compiling = Compiling(() if given.no_compile else given.compiled or WHOSE)
+    compiling = Compiling(not given.no_compile)
     batches = given.batch or [1, 4, 8]
     results: list[dict[str, Any]] = []
     print(f"{'model':<11}batch  {'variant':<38}us{'of stock':>18}  error: median, largest")
