@@ -12,6 +12,7 @@ import torch
 import kernelhub
 from kernelhub import quantize, registry
 from kernelhub.backends.native import abi, tiles
+from kernelhub.backends.native import top_k_top_p_sampling_from_probs as native_sampling
 from kernelhub.errors import ArgumentError, KernelError
 from kernelhub.testing import run_case
 
@@ -67,7 +68,7 @@ def example(op: str, device: str = "cuda") -> dict[str, Any]:
         made = {"x": empty(7, 2048), "bias": empty(7, 2048), "scale": 2.5}
     else:
         made = {
-            "probs": empty(3, 50257, dtype=torch.float32),
+            "probs": empty(3, 50264, dtype=torch.float32),
             "top_k": 1000,
             "top_p": 0.9,
             "seed": empty(3, dtype=torch.int64),
@@ -133,7 +134,7 @@ def test_a_graph_replays_with_new_inputs(op: str, known: bool) -> None:
     assert not all(same(other, seen[0]) for other in seen[1:])
 
 
-@pytest.mark.parametrize(("rows", "vocab_size"), [(2, 50257), (40, 3001)])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(2, 50257), (2, 50264), (40, 3001)])
 def test_a_graph_samples_anew(rows: int, vocab_size: int) -> None:
     """With new probabilities and the next offset, in both shapes of launches."""
     probs = torch.rand(rows, vocab_size, device="cuda")
@@ -313,6 +314,44 @@ def forced(tile: str) -> tiles.Table:
 
 
 @needs_streams
+def rows_to_sample(kind: str, vocab_size: int) -> torch.Tensor:
+    g = torch.Generator("cuda").manual_seed(vocab_size)
+    normal = torch.randn(24, vocab_size, generator=g, device="cuda")
+    if kind == "falling":  # the large ones side by side
+        ranks = torch.arange(1, vocab_size + 1, device="cuda").log()
+        return (0.3 * normal - 1.2 * ranks).softmax(-1)
+    if kind == "ties":
+        return normal.round().softmax(-1)
+    if kind == "sharp":
+        return (8 * normal).softmax(-1)
+    probs = normal.softmax(-1)
+    if kind == "odd":
+        probs *= 500
+        probs[::3, 5], probs[1::3, 7], probs[2::5, -1] = torch.nan, -1, torch.inf
+    return probs
+
+
+@pytest.mark.parametrize("kind", ["flat", "falling", "ties", "sharp", "odd"])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
+def test_rows_held_by_clusters_give_the_reference_s_tokens(
+    blocks: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_sampling, "cluster_blocks", lambda *args: blocks)
+    calls = 0
+    for vocab_size in (blocks * 2**14, blocks * 2**14 - 4, blocks * 3000, 20):
+        probs = rows_to_sample(kind, vocab_size)
+        top_ks = torch.tensor([0, 1, 7, 300, 1024, 1025], device="cuda").repeat(4)
+        for top_k in (0, 1, 50, 1000, top_ks):
+            for top_p, min_p in ((0.9, 0.0), (0.3, 0.01), (1.0, 0.0), (1.0, 0.1), (0.999, 1e-5)):
+                for order in ("top_k_first", "joint"):
+                    call = {"min_p": min_p, "filter_apply_order": order, "return_valid": True}
+                    got = sampling.on("cuda")(probs, top_k, top_p, seed=calls, **call)
+                    exact = sampling.on("reference")(probs, top_k, top_p, seed=calls, **call)
+                    assert all(map(torch.equal, got, exact)), (vocab_size, top_k, top_p, order)
+                    calls += 1
+    assert calls == 200
+
+
 @pytest.mark.parametrize("op", tiles.OPS)
 @pytest.mark.parametrize("tile", STREAMS)
 def test_every_tile_of_cuda_alone_computes_the_op(tile: str, op: str) -> None:

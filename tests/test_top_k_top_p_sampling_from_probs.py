@@ -450,7 +450,7 @@ def test_launcher_refuses(blocks: int, size: int | None, message: str) -> None:
 
     def run(blocks: int, size: int | None) -> None:
         workspace = None if size is None else torch.zeros(size, dtype=torch.uint8)
-        launcher(probs, *[None] * 6, tokens, None, workspace, 5, 0.9, 0.0, 7, 0, False, blocks)
+        launcher(probs, *[None] * 6, tokens, None, workspace, 5, 0.9, 0.0, 7, 0, False, blocks, 0)
 
     with pytest.raises(KernelError, match=message):
         run(blocks, size)

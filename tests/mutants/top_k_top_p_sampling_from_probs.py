@@ -70,11 +70,15 @@ MUTANTS = (
     ),
 )
 
-_SOURCE = "musa/top_k_top_p_sampling_from_probs.mu"
+_KERNELS = "top_k_top_p_sampling_from_probs.mu"
 
 
 def _fault(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, _SOURCE, old, new)
+    return Mutant(name, "common/sampling.muh", old, new, only=_KERNELS)
+
+
+def _in_kernel(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, f"musa/{_KERNELS}", old, new)
 
 
 KERNEL_MUTANTS = (
@@ -85,7 +89,7 @@ KERNEL_MUTANTS = (
         "clamped(top_p) * kWholePortion",
         "clamped(top_p * 0.9999999f) * kWholePortion",
     ),
-    _fault("nan-share-accepted", "if (top_p != top_p || min_p != min_p) return -1;", ""),
+    _fault("nan-share-accepted", "return top_p == top_p && min_p == min_p;", "return true;"),
     _fault("index-unchecked-above", "row < 0 || row >= a.num_rows", "row < 0 || row > a.num_rows"),
     _fault("stream-always-numbered", "a.one_stream ? 0 :", "false ? 0 :"),
     _fault("column-stride-ignored", "? data[at * stride] : T{}", "? data[at] : T{}"),
@@ -256,7 +260,7 @@ KERNEL_MUTANTS = (
     _fault("target-without-carry", "(middle >> 32) + (other >> 32)", "(middle >> 32)"),
     _fault("lead-forgotten", "(own + k) * kPack - row.lead + i", "(own + k) * kPack + i"),
     # Rows that blocks share.
-    _fault(
+    _in_kernel(
         "other-blocks-lists-lost",
         "s.runs[lane()] = run_of(first, own.listed);",
         "s.runs[lane()] = run_of(0, own.listed);",
@@ -267,7 +271,7 @@ KERNEL_MUTANTS = (
         "static_cast<int>(part.largest)",
     ),
     _fault("total-of-one-block", "{warp_sum(part.total), warp", "{part.total, warp"),
-    _fault(
+    _in_kernel(
         "blocks-parts-a-warp-long",
         "{blocks, packs_a_warp(row.packs, blocks) * kWarps}",
         "{blocks, packs_a_warp(row.packs, blocks)}",

@@ -26,6 +26,7 @@ from kernelhub import registry
 from kernelhub.backend import Backend
 from kernelhub.backends.cuda import _kernels
 from kernelhub.backends.native import tiles
+from kernelhub.backends.native import top_k_top_p_sampling_from_probs as sampling
 from kernelhub.backends.native.kernels import Kernels
 from kernelhub.backends.native.library import Library
 from kernelhub.backends.native.platform import CUDA, csrc
@@ -34,9 +35,11 @@ from tests.mutants import Mutant
 
 ARCH = "sm_90a"
 _STREAM, _WHOLE = "cuda/gemv_stream.muh", "cuda/gemv_whole.muh"
+_HELD = "cuda/sampling_held.muh"
 _GEMV = ("fused_gemv", "fused_moe_gemv")
 TILES = {_STREAM: "s4x2c2", _WHOLE: "whole"}
-PORTABLE = ("fused_mul_add", "rotary_embedding", "top_k_top_p_sampling_from_probs")
+_SAMPLING = "top_k_top_p_sampling_from_probs"
+PORTABLE = ("fused_mul_add", "rotary_embedding", _SAMPLING)
 
 
 def _stream(name: str, old: str, new: str, scheme: str = "dense") -> Mutant:
@@ -47,7 +50,62 @@ def _whole(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, _WHOLE, old, new, ARCH, "gemv_whole.cu")
 
 
+def _held(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, _HELD, old, new, ARCH, "sampling_held.cu")
+
+
 MUTANTS = (
+    _held(
+        "last-vector-lost",
+        "const int pack = pack_of(j);\n      values_[j] = pack < row.packs",
+        "const int pack = pack_of(j);\n      values_[j] = pack < row.packs - 1",
+    ),
+    _held(
+        "bound-above-the-share",
+        "if (before < quota && before + own[i] >= quota)",
+        "if (before < 1 && before + own[i] >= 1)",
+    ),
+    _held("short-list-believed", "if (count < top_k && low > kLeast) return kAlone;", ""),
+    _held(
+        "longer-list-believed",
+        "if (__any_sync(~0u, own.listed > room_of(blocks))) return kAlone;\n  const int count",
+        "const int count",
+    ),
+    _held("ties-at-top-k-lost", "kept = ties_through(top_k - 1, kept, s)", "kept = top_k"),
+    _held(
+        "ties-at-top-p-lost",
+        "if (reached < kept) kept = ties_through(reached, kept, s);",
+        "if (reached < kept) kept = reached + 1;",
+    ),
+    _held(
+        "share-of-all-listed",
+        "r.of_survivors() ? s.through[kept - 1] : total",
+        "r.of_survivors() ? s.through[count - 1] : total",
+    ),
+    _held("held-min-p-dropped", "if (r.min_p > 0.f && kept > 0) {", "if (false) {"),
+    _held(
+        "places-high-half-lost",
+        "(static_cast<uint64_t>(s.place_high[thread]) << kPlaceBits) + s.place_low[thread]",
+        "s.place_low[thread]",
+    ),
+    _held("place-order-by-list", "s.binned[j].index < entry.index", "j < i"),
+    _held("held-nan-accepted", "if (bits << 1 >= kInfinity << 1) atomicOr(&s_.odd, kOdd);", ""),
+    _held("negative-elements-kept", "values_[j].at[i] = 0.f;", ";"),
+    _held(
+        "above-one-bracketed",
+        "next = odd == kBeyond ? kAlone : kAnswered;",
+        "next = odd == kBeyond ? kGoOn : kAnswered;",
+    ),
+    _held("bracket-too-low-believed", "if (above >= needed) return kAlone;", ""),
+    _held(
+        "chunks-lost",
+        "if (lane() == 0) send_mass(chunks + chunk_of(j) * 8, joined(sum, count));",
+        "",
+    ),
+    _held("listed-not-in-chunks", "&s.chunks[s.listed[i].index / kChunk]", "&s.chunks[0]"),
+    _held("bracketed-ties-lost", "kept = ties_through(kept, count, s);", "kept = kept + 1;"),
+    _held("bracketed-min-p-dropped", "low = s.low < least ? least : s.low;", "low = s.low;"),
+    _held("values-out-of-order", "rank += other > entry.bits ||", "rank += other < entry.bits ||"),
     _whole(
         "up-from-gate",
         "(halves ? p_.outputs + low : high) * stride",
@@ -205,15 +263,18 @@ def libraries_of(mutants: list[Mutant], root: Path) -> list[Path]:
 
 def failing_case(library: Path, of: str) -> str:
     """The first case that a library fails, of an op or a file of CUDA's own; "" where none."""
-    ops = (of,) if of in PORTABLE else _GEMV
+    ops = (of,) if of in PORTABLE else (_SAMPLING,) if of == _HELD else _GEMV
     kernels = Kernels(CUDA, "cuda", lambda device: ARCH, _kernels.stream_of)
     kernels._libraries[ARCH] = Library(library, "cuda")
     made = kernels.implementations(ops)
     registry.add_backend(Backend("mutant", made, device_types=("cuda",), automatic=False))
-    return _failing_portable(of) if of in PORTABLE else _failing_own(TILES[of])
+    if of == _HELD:
+        return _failing_cases(_SAMPLING)
+    sampling.cluster_blocks = lambda *args: 0
+    return _failing_cases(of) if of in PORTABLE else _failing_own(TILES[of])
 
 
-def _failing_portable(op: str) -> str:
+def _failing_cases(op: str) -> str:
     for case in sorted(registry.spec(op).cases(), key=lambda case: case.kind == "typical"):
         outcome = run_case(op, case, "mutant", "cuda")
         if outcome.status == "failed":

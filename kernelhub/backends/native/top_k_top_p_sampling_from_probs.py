@@ -30,6 +30,38 @@ def blocks_a_row(batch_size: int, vocab_size: int) -> int:
     return blocks if blocks > 2 else 1
 
 
+MOST_CLUSTER_BLOCKS = 16
+"""That can hold a row: `kMostHeldBlocks` of csrc/cuda/sampling_held.muh."""
+
+MOST_HELD_TOP_K = 1024
+"""With which a row is held: `kMostHeldK`."""
+
+_SMALL_TOP_K = 256
+"""Up to which blocks that stream a row are fast too."""
+
+
+def cluster_blocks(arch: str, batch_size: int, vocab_size: int, large_top_k: bool) -> int:
+    """How many blocks of a cluster hold a row of fp32; 0 where none do.
+
+    Chosen on an H200, beside blocks that stream rows, which is faster where samples are many but
+    slow where top-k is large.
+    """
+    if not arch.startswith("sm_90") or vocab_size % 4:
+        return 0
+    blocks = 1
+    while blocks * (2**14 if large_top_k else 2**13) < vocab_size:
+        blocks *= 2
+    if blocks > MOST_CLUSTER_BLOCKS or blocks * batch_size > 256:
+        return 0
+    while (
+        blocks < MOST_CLUSTER_BLOCKS
+        and 2 * blocks * batch_size <= 132
+        and blocks * 2**12 < vocab_size
+    ):
+        blocks *= 2
+    return blocks
+
+
 def make(launchers: Launchers) -> Implementation:
     def prepare(a: Args) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
         launch = launchers[a.probs.device]
@@ -43,6 +75,12 @@ def make(launchers: Launchers) -> Implementation:
             drawn, seed_tensor = maker(a.probs, (1,), torch.int64), True
         joint = a.filter_apply_order == "joint"
         blocks = blocks_a_row(batch_size, vocab_size)
+        held = held_large = 0
+        if a.probs.dtype == torch.float32:
+            arch = launchers.arch(a.probs.device)
+            held, held_large = (
+                cluster_blocks(arch, batch_size, vocab_size, large) for large in (False, True)
+            )
         tokens_for = maker(a.probs, (batch_size,), torch.int32)
         valid_for = maker(a.probs, (batch_size,), torch.bool) if a.return_valid else None
         workspace_for = None
@@ -66,6 +104,9 @@ def make(launchers: Launchers) -> Implementation:
             if drawn:
                 seed = drawn(probs).random_(generator=generator)
             tokens = tokens_for(probs)
+            clusters = held
+            if not k_tensor and _SMALL_TOP_K < top_k < vocab_size:
+                clusters = held_large if top_k <= MOST_HELD_TOP_K else 0
             valid = valid_for(probs) if valid_for else None
             launch(
                 probs,
@@ -77,14 +118,15 @@ def make(launchers: Launchers) -> Implementation:
                 offset if offset_tensor else None,
                 tokens,
                 valid,
-                workspace_for(probs) if workspace_for else None,
+                workspace_for(probs) if workspace_for and not clusters else None,
                 0 if k_tensor else top_k,
                 0 if p_tensor else top_p,
                 0 if min_p_tensor or min_p is None else min_p,
                 0 if seed_tensor or seed is None else seed,
                 0 if offset_tensor or offset is None else offset,
                 joint,
-                blocks,
+                1 if clusters else blocks,
+                clusters,
             )
             return tokens if valid is None else (tokens, valid)
 
