@@ -174,15 +174,9 @@ MUTANTS = (
         "p_.x.data + int64_t{rank_ * cut_.block_units} * F::kUnitK * 2",
         "p_.x.data",
     ),
-    _stream(
-        "nan-code-lost",
-        "if ((found & kNanBits) != 0)",
-        "if ((found & kNanBits) > 0x80000000u)",
-        "fp8",
-    ),
-    _stream(
-        "nan-of-other-lanes-lost", "found |= __shfl_xor_sync(0xffffffffu, found, 1);", "", "fp8"
-    ),
+    _stream("first-codes-twice", "fp8_pair(T{}, second >> 16)", "fp8_pair(T{}, second)", "fp8"),
+    _stream("odd-columns-not-swapped", "columns ^ kVectorBytes", "columns + kVectorBytes", "fp8"),
+    _stream("odd-places-not-swapped", "to + (vector ^ swap)", "to + vector", "fp8"),
     _stream(
         "scale-of-first-group",
         "slice * kSliceK >> p_.group_shift;\n          const uint32_t at = group",
