@@ -8,6 +8,7 @@ int32_t run_stream_dense(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_fp8(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_int4(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_whole(const Problem& p, stream_t stream);
+int32_t run_whole_int4(const Problem& p, stream_t stream);
 
 namespace {
 
@@ -38,9 +39,10 @@ int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_
       p.rows * p.weight_scale.row_stride + p.k / kSliceK * p.weight_scale.group_stride >= kFar ||
       p.columns * ceil_div(p.outputs, kTileRows / 2) >= kFar)
     return kNotServed;
-  if (whole)
-    return weight_dtype == p.x_dtype && p.topk_ids.data == nullptr ? run_whole(p, stream)
-                                                                   : kNotServed;
+  if (whole) {
+    if (p.topk_ids.data != nullptr || weight_dtype == KH_FLOAT8_E4M3FN) return kNotServed;
+    return weight_dtype == p.x_dtype ? run_whole(p, stream) : run_whole_int4(p, stream);
+  }
   if (weight_dtype == p.x_dtype) return run_stream_dense(p, cut, stream);
   if (weight_dtype == KH_FLOAT8_E4M3FN) return run_stream_fp8(p, cut, stream);
   return run_stream_int4(p, cut, stream);

@@ -35,9 +35,9 @@ from tests.mutants import Mutant
 
 ARCH = "sm_90a"
 _STREAM, _WHOLE = "cuda/gemv_stream.muh", "cuda/gemv_whole.muh"
-_HELD = "cuda/sampling_held.muh"
+_WHOLE_INT4, _HELD = "cuda/gemv_whole_int4.muh", "cuda/sampling_held.muh"
 _GEMV = ("fused_gemv", "fused_moe_gemv")
-TILES = {_STREAM: "s4x2c2", _WHOLE: "whole"}
+TILES = {_STREAM: "s4x2c2", _WHOLE: "whole", _WHOLE_INT4: "whole"}
 _SAMPLING = "top_k_top_p_sampling_from_probs"
 PORTABLE = ("fused_mul_add", "rotary_embedding", _SAMPLING)
 
@@ -52,6 +52,10 @@ def _whole(name: str, old: str, new: str) -> Mutant:
 
 def _held(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, _HELD, old, new, ARCH, "sampling_held.cu")
+
+
+def _whole_int4(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, _WHOLE_INT4, old, new, ARCH, "gemv_whole_int4.cu")
 
 
 MUTANTS = (
@@ -143,6 +147,31 @@ MUTANTS = (
         "sum_of(turn, column, place + kTileRows / 2,",
         "sum_of(turn, column, place,",
     ),
+    _whole_int4("int4-up-from-gate", "return h * p_.outputs + min(", "return min("),
+    _whole_int4("int4-sums-not-awaited", "      team_sync();\n      finish", "      finish"),
+    _whole_int4(
+        "int4-last-warp-lost", "w < cut_.team_warps; ++w) v", "w < cut_.team_warps - 1; ++w) v"
+    ),
+    _whole_int4("int4-scales-of-the-first-half", "scale_[w][h], lane", "scale_[0][h], lane"),
+    _whole_int4("int4-first-unit-always", "fetch(ahead, slot_)", "fetch(0, slot_)"),
+    _whole_int4(
+        "int4-zero-of-the-other-rows",
+        "decode(i == 0 ? high.x : i == 1 ? high.y : i == 2 ? high.z : high.w, zero[1], b)",
+        "decode(i == 0 ? high.x : i == 1 ? high.y : i == 2 ? high.z : high.w, zero[0], b)",
+    ),
+    _whole_int4(
+        "int4-columns-of-the-first-group",
+        "p_.x.data + first_column_ * p_.x",
+        "p_.x.data + 0 * p_.x",
+    ),
+    _whole_int4(
+        "int4-outputs-of-the-first-group",
+        "int64_t{first_column_ + column} * p_.out",
+        "int64_t{column} * p_.out",
+    ),
+    _whole_int4("int4-next-columns-as-the-first", "operand_ + n * next_columns_", "operand_"),
+    _whole_int4("int4-rows-past-the-last-written", "if (row >= p_.outputs) continue;", ""),
+    _whole_int4("int4-bias-dropped", "v += entry(p_.bias", "v += 0 * entry(p_.bias"),
     _stream(
         "first-source-alone", "for (int s = 1; s < sources; ++s)", "for (int s = 1; s < 1; ++s)"
     ),

@@ -19,6 +19,7 @@ _KERNEL = re.compile(
 )
 _STREAM = re.compile(r"Format\w*?(half|bf16)_t.*?SchemeE(\d)ELi(\d)ELb(\d)EEELi(\d)E")
 _WHOLE = re.compile(r"gemv_whole_kernelI\w*?(half|bf16)_tELi(\d+)ELi(\d+)ELi(\d+)EE")
+_WHOLE_INT4 = re.compile(r"gemv_whole_int4_kernelI\w*?(half|bf16)_tELb(\d)ELi(\d+)ELi(\d+)EE")
 
 
 def read(report: str) -> dict[str, list[int]]:
@@ -31,6 +32,10 @@ def _kind_of(name: str) -> str:
     if whole := _WHOLE.search(name):
         dtype, warps, units, columns = whole.groups()
         return f"whole {dtype}, {warps} warps, {units} units, {columns} x 8 columns"
+    if whole := _WHOLE_INT4.search(name):
+        dtype, zeros, columns, depth = whole.groups()
+        kind = "int4 with zeros" if zeros == "1" else "int4"
+        return f"whole {kind} {dtype}, {columns} x 8 columns, {depth} units ahead"
     parts = _STREAM.search(name)
     assert parts is not None, name
     dtype, scheme, tiles, plain, columns = parts.groups()

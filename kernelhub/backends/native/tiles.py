@@ -35,8 +35,8 @@ GEMV_TILES = (*_PORTABLE_TILES, *_CUDA_TILES)
 the weight to a block: `m` runs on the matrix unit, with `w` warps; `r` does without and takes fp32
 too. CUDA's own, for compute capability 9.0 and 10.x, by warps along rows, warps along K and blocks
 of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two; `whole`, of 16-bit
-weights without experts, has whole rows in a block. What they do not serve (another K, alignment,
-group size or dtype of x) runs on the portable tile that `portable` names."""
+and int4 weights without experts, has whole rows in a block. What they do not serve (another K,
+alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
@@ -73,8 +73,9 @@ def _rounded(size: int) -> int:
 
 
 def fits(name: str, tile: str) -> bool:
-    """Whether a tile serves a class: no fp32 on the matrix unit, `d` is int4's, `whole` dense's."""
-    only = {"d": "int4", "w": "dense"}.get(tile[0], "")
+    """Whether a tile serves a class: no fp32 on the matrix unit, `d` int4's alone, `whole` dense's
+    and int4's."""
+    only = {"d": ("int4",), "w": ("dense", "int4")}.get(tile[0], ("",))
     return name.startswith(only) and not (name.startswith("fp32") and tile[0] in "msdw")
 
 
