@@ -151,7 +151,7 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
         if k > 2048:
             return "s4x2c2"
         return "s4x2c1" if k > 1024 else "s4x1c1"
-    if scheme == "dense" and 1024 < k <= 4096:
+    if 1024 < k <= 4096 and (scheme == "dense" or (scheme == "int4" and rows > 4096)):
         return "whole"
     if k > 8192:
         return "s4x4c4" if rows <= 4096 and scheme != "int4" else "s4x2c4"
