@@ -24,25 +24,25 @@ int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_
   constexpr int64_t kCount = sizeof(kShapes) / sizeof(kShapes[0]);
   const int64_t index = tile - kStream;
   KH_REQUIRE(index <= kCount, "'tile': there is no %lld", static_cast<long long>(tile));
-  const bool whole = index == kCount;  // rows, by a block
-  const int(&shape)[4] = kShapes[whole ? 0 : index];
+  const int entry_shift = log2_of(p.weight_scale.rows_an_entry);
+  constexpr int64_t kFar = int64_t{1} << 31;  // offsets of scales have 32 bits
+  if (p.weight.access_bytes != kVectorBytes || p.x.access_bytes != kVectorBytes ||
+      p.x_dtype == KH_FLOAT8_E4M3FN || p.x_dtype == KH_FLOAT32 || p.group_shift < 7 ||
+      entry_shift < 0 || p.k == 0 || p.num_experts > kMostExperts || p.slots > kPlaces ||
+      p.rows * p.weight_scale.row_stride + p.k / kSliceK * p.weight_scale.group_stride >= kFar ||
+      p.columns * ceil_div(p.outputs, kTileRows / 2) >= kFar)
+    return kNotServed;
+  if (index == kCount) {  // whole rows
+    if (p.topk_ids.data != nullptr || weight_dtype == KH_FLOAT8_E4M3FN) return kNotServed;
+    return weight_dtype == p.x_dtype ? run_whole(p, stream) : run_whole_int4(p, stream);
+  }
+  const int(&shape)[4] = kShapes[index];
   Cut cut = {};
   cut.warps_n = shape[0];
   cut.warps_k = shape[1];
   cut.cluster = shape[2];
   cut.tiles = shape[3];
-  cut.entry_shift = log2_of(p.weight_scale.rows_an_entry);
-  constexpr int64_t kFar = int64_t{1} << 31;  // offsets of scales have 32 bits
-  if (p.weight.access_bytes != kVectorBytes || p.x.access_bytes != kVectorBytes ||
-      p.x_dtype == KH_FLOAT8_E4M3FN || p.x_dtype == KH_FLOAT32 || p.group_shift < 7 ||
-      cut.entry_shift < 0 || p.k == 0 || p.num_experts > kMostExperts || p.slots > kPlaces ||
-      p.rows * p.weight_scale.row_stride + p.k / kSliceK * p.weight_scale.group_stride >= kFar ||
-      p.columns * ceil_div(p.outputs, kTileRows / 2) >= kFar)
-    return kNotServed;
-  if (whole) {
-    if (p.topk_ids.data != nullptr || weight_dtype == KH_FLOAT8_E4M3FN) return kNotServed;
-    return weight_dtype == p.x_dtype ? run_whole(p, stream) : run_whole_int4(p, stream);
-  }
+  cut.entry_shift = entry_shift;
   if (weight_dtype == p.x_dtype) return run_stream_dense(p, cut, stream);
   if (weight_dtype == KH_FLOAT8_E4M3FN) return run_stream_fp8(p, cut, stream);
   return run_stream_int4(p, cut, stream);

@@ -48,10 +48,12 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, large_top_k: boo
     """
     if not arch.startswith("sm_90") or vocab_size % 4:
         return 0
-    blocks = 1
-    while blocks * (2**14 if large_top_k else 2**13) < vocab_size:
+    blocks, most = 1, 2**14  # elements that a block can hold; half of them are held faster
+    while (
+        blocks < MOST_CLUSTER_BLOCKS and blocks * (most if large_top_k else most // 2) < vocab_size
+    ):
         blocks *= 2
-    if blocks > MOST_CLUSTER_BLOCKS or blocks * batch_size > 256:
+    if blocks * most < vocab_size or blocks * batch_size > 256:
         return 0
     while (
         blocks < MOST_CLUSTER_BLOCKS
