@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define KH_ABI_FINGERPRINT "f722668132576d19"
+#define KH_ABI_FINGERPRINT "39f5f5ebb8b75b9a"
 #define KH_ABI_VERSION 1
 #define KH_MAX_DIMS 8
 
@@ -120,7 +120,7 @@ typedef struct kh_top_k_top_p_sampling_from_probs_args {
   int64_t offset_value;
   int64_t joint;  // 1 for filter_apply_order joint, 0 for top_k_first
   int64_t blocks_a_row;  // 1, or up to 32 with a workspace; never changes a result
-  int64_t cluster_blocks;  // that hold a row where the platform can, which goes before; 0: none
+  int64_t cluster_blocks;  // of a cluster that holds a row, where the platform has them; 0: none
 } kh_top_k_top_p_sampling_from_probs_args;
 int32_t kh_top_k_top_p_sampling_from_probs(const kh_top_k_top_p_sampling_from_probs_args* args, void* stream);
 

@@ -126,7 +126,7 @@ OPS: dict[str, tuple[Field, ...]] = {
         "int64 offset_value",
         "int64 joint: 1 for filter_apply_order joint, 0 for top_k_first",
         "int64 blocks_a_row: 1, or up to 32 with a workspace; never changes a result",
-        "int64 cluster_blocks: that hold a row where the platform can, which goes before; 0: none",
+        "int64 cluster_blocks: of a cluster that holds a row, where the platform has them; 0: none",
     ),
 }
 """The arguments of each compiled op, in order."""
