@@ -374,7 +374,7 @@ def test_a_replay_reads_its_seeds_anew() -> None:
     for new_seed, new_offset in ((1, 0), (2, 0), (2, 1)):
         seed.fill_(new_seed)
         offset.fill_(new_offset)
-        launch(*same, False, 1)  # all that a graph keeps is the same
+        launch(*same, False, 1, 0)  # all that a graph keeps is the same
         reference = registry.spec("top_k_top_p_sampling_from_probs").reference
         assert torch.equal(tokens, reference(probs, 9, 0.9, seed=new_seed, offset=new_offset))
         drawn.append(tokens.tolist())
