@@ -313,7 +313,6 @@ def forced(tile: str) -> tiles.Table:
     return {op: {c: tile for c in CLASSES if tiles.fits(c, tile)} for op in tiles.OPS}
 
 
-@needs_streams
 def rows_to_sample(kind: str, vocab_size: int) -> torch.Tensor:
     g = torch.Generator("cuda").manual_seed(vocab_size)
     normal = torch.randn(24, vocab_size, generator=g, device="cuda")
@@ -352,6 +351,7 @@ def test_rows_held_by_clusters_give_the_reference_s_tokens(
     assert calls == 200
 
 
+@needs_streams
 @pytest.mark.parametrize("op", tiles.OPS)
 @pytest.mark.parametrize("tile", STREAMS)
 def test_every_tile_of_cuda_alone_computes_the_op(tile: str, op: str) -> None:
