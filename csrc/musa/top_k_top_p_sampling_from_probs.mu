@@ -20,13 +20,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Arguments a) {
     if (threadIdx.x == 0) answer(a, sample, 0, false);
     return;
   }
-  const Row<T> row(a, number);
-  const Slice slice = slice_of(row, 0, 1);
-  // These are on their way during the first step.
-  const typename Row<T>::Step values = read_step(row, slice, 0);
-  if (threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
-  const Plan plan = read(row, slice, r, 1, values, s);
-  finish(a, sample, row, r, plan, {kWarps, packs_a_warp(row.packs, 1)}, s);
+  draw_by_one(a, sample, Row<T>(a, number), r, s);
 }
 
 // The same by several blocks a row: first the reading, then the rest.
