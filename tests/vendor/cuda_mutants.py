@@ -9,6 +9,7 @@ know too. NAMES are of faults, of ops or of files of CUDA's own kernels.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -70,24 +71,52 @@ MUTANTS = (
         "if (before < quota && before + own[i] >= quota)",
         "if (before < 1 && before + own[i] >= 1)",
     ),
-    _held("short-list-believed", "if (count < top_k && low > kLeast) return kAlone;", ""),
     _held(
-        "longer-list-believed",
-        "if (__any_sync(~0u, own.listed > room_of(blocks))) return kAlone;\n  const int count",
-        "const int count",
+        "short-list-believed",
+        "const int count = sort_listed(own, low, top, blocks, s), "
+        "top_k = static_cast<int>(r.top_k);\n"
+        "  // Fewer than top-k may have mass at all.\n"
+        "  if (count < top_k && low > kLeast) return kAlone;",
+        "const int count = sort_listed(own, low, top, blocks, s), "
+        "top_k = static_cast<int>(r.top_k);",
     ),
-    _held("ties-at-top-k-lost", "kept = ties_through(top_k - 1, kept, s)", "kept = top_k"),
+    _held("longer-list-believed", "own.listed > room_of(blocks) || (own.odd", "(own.odd"),
+    _held("overfull-believed", " || (own.odd & kOverfull)", ""),
     _held(
-        "ties-at-top-p-lost",
-        "if (reached < kept) kept = ties_through(reached, kept, s);",
-        "if (reached < kept) kept = reached + 1;",
+        "one-more-than-top-k",
+        "s.listed[(top_k < count ? top_k : count) - 1].bits",
+        "s.listed[top_k < count ? top_k : count - 1].bits",
+    ),
+    _held("share-of-all-listed", "s.listed[i].bits >= from ? mass_at", "true ? mass_at"),
+    _held("reached-one-late", "if (before < limit) continue;", "if (before <= limit) continue;"),
+    _held(
+        "held-min-p-dropped",
+        "__fmul_rn(r.min_p, __uint_as_float(s.listed[0].bits))",
+        "__fmul_rn(0.f, __uint_as_float(s.listed[0].bits))",
     ),
     _held(
-        "share-of-all-listed",
-        "r.of_survivors() ? s.through[kept - 1] : total",
-        "r.of_survivors() ? s.through[count - 1] : total",
+        "few-one-more-than-top-k",
+        "sorted.bits[(top_k < count ? top_k : count) - 1]",
+        "sorted.bits[top_k < count ? top_k : count - 1]",
     ),
-    _held("held-min-p-dropped", "if (r.min_p > 0.f && kept > 0) {", "if (false) {"),
+    _held(
+        "few-of-one-list", "if (__shfl_sync(~0u, through, list + by - 1) <= number)", "if (false)"
+    ),
+    _held("few-share-of-all", "thread * 2 < count && bits.at[0] >= from", "thread * 2 < count"),
+    _held("few-second-never-reached", "before + first >= limit ? 0 : 1", "0"),
+    _held(
+        "few-min-p-dropped",
+        "__fmul_rn(r.min_p, __uint_as_float(sorted.bits[0]))",
+        "__fmul_rn(0.f, __uint_as_float(sorted.bits[0]))",
+    ),
+    _held("few-unsorted-in-a-bin", "end - first > 1 && i < end", "false"),
+    _held("few-order-by-value", "before += indices.at[j] < index", "before += i + j < own_at"),
+    _held("later-steps-not-read", "v = step_ + 1 < steps_ && next", "v = false && next"),
+    _held("place-of-the-first-vector", "packs[at] = pack + j * stride;", "packs[at] = pack;"),
+    _held("late-kept-lost", "late[k] = at < kept ?", "late[k] = false ?"),
+    _held("places-not-cleared", "s_.place_low[threadIdx.x] = s_.place_high[threadIdx.x] = 0;", ""),
+    _held("top-of-the-first-step", "atomicMax(&s_.top, largest + 1);", ""),
+    _held("total-of-the-last-step", "if (r.needs_total()) total += joined", "total = joined"),
     _held(
         "places-high-half-lost",
         "(static_cast<uint64_t>(s.place_high[thread]) << kPlaceBits) + s.place_low[thread]",
@@ -95,7 +124,7 @@ MUTANTS = (
     ),
     _held("place-order-by-list", "s.binned[j].index < entry.index", "j < i"),
     _held("held-nan-accepted", "if (bits << 1 >= kInfinity << 1) atomicOr(&s_.odd, kOdd);", ""),
-    _held("negative-elements-kept", "values_[j].at[i] = 0.f;", ";"),
+    _held("negative-elements-kept", "v.at[i] = 0.f;", ";"),
     _held(
         "above-one-bracketed",
         "next = odd == kBeyond ? kAlone : kAnswered;",
@@ -104,11 +133,11 @@ MUTANTS = (
     _held("bracket-too-low-believed", "if (above >= needed) return kAlone;", ""),
     _held(
         "chunks-lost",
-        "if (lane() == 0) send_mass(chunks + chunk_of(j) * 8, joined(sum, count));",
-        "",
+        "send_mass(chunks + chunk_of(j) * 8, joined(sum, count), arrived_);",
+        "send_mass(chunks + chunk_of(j) * 8, 0, arrived_);",
     ),
-    _held("listed-not-in-chunks", "&s.chunks[s.listed[i].index / kChunk]", "&s.chunks[0]"),
-    _held("bracketed-ties-lost", "kept = ties_through(kept, count, s);", "kept = kept + 1;"),
+    _held("listed-not-in-chunks", "&s.chunks[entry.index / kChunk]", "&s.chunks[0]"),
+    _held("bracketed-least-lost", "least = s.least == 0 ? low : s.least;", "least = low;"),
     _held("bracketed-min-p-dropped", "low = s.low < least ? least : s.low;", "low = s.low;"),
     _held("values-out-of-order", "rank += other > entry.bits ||", "rank += other < entry.bits ||"),
     _whole(
@@ -286,7 +315,7 @@ def failing_case(library: Path, of: str) -> str:
     made = kernels.implementations(ops)
     registry.add_backend(Backend("mutant", made, device_types=("cuda",), automatic=False))
     if of == _HELD:
-        return _failing_cases(_SAMPLING)
+        return _failing_cases(_SAMPLING) or _failing_rows()
     sampling.cluster_blocks = lambda *args: 0
     return _failing_cases(of) if of in PORTABLE else _failing_own(TILES[of])
 
@@ -296,6 +325,31 @@ def _failing_cases(op: str) -> str:
         outcome = run_case(op, case, "mutant", "cuda")
         if outcome.status == "failed":
             return f"{op} {case.name}: {outcome.message}"
+    return ""
+
+
+def _failing_rows() -> str:
+    """Rows held, or read in steps, by one block and by several."""
+    made = torch.Generator(device="cuda").manual_seed(0)
+    op, chosen = kernelhub.ops.top_k_top_p_sampling_from_probs, sampling.cluster_blocks
+    try:
+        for blocks, vocab_size in ((1, 250_000), (2, 130_004), (4, 60_016), (16, 60_064)):
+            sampling.cluster_blocks = lambda *args, blocks=blocks: blocks
+            normal = torch.randn(6, vocab_size, generator=made, device="cuda")
+            ranks = torch.arange(1, vocab_size + 1, device="cuda").log()
+            rows = (normal, 8 * normal, 0.3 * normal - 1.2 * ranks, normal.round())
+            for logits, top_k, order in itertools.product(
+                rows, (3, 50, 700, 1024), ("top_k_first", "joint")
+            ):
+                probs = logits.softmax(-1)
+                for seed, (top_p, min_p) in enumerate(((1.0, 0.0), (0.9, 0.0), (0.7, 0.05))):
+                    call = {"min_p": min_p, "filter_apply_order": order, "seed": seed}
+                    got = op.on("mutant")(probs, top_k, top_p, **call)
+                    exact = op.on("reference")(probs, top_k, top_p, **call)
+                    if not torch.equal(got, exact):
+                        return f"{blocks} blocks, top_k {top_k}, top_p {top_p}, {order}"
+    finally:
+        sampling.cluster_blocks = chosen
     return ""
 
 

@@ -31,35 +31,45 @@ def blocks_a_row(batch_size: int, vocab_size: int) -> int:
 
 
 MOST_CLUSTER_BLOCKS = 16
-"""That can hold a row: `kMostHeldBlocks` of csrc/cuda/sampling_held.muh."""
+"""That can share a row: `kMostHeldBlocks` of csrc/cuda/sampling_held.muh."""
 
-MOST_HELD_TOP_K = 1024
-"""With which a row is held: `kMostHeldK`."""
+MOST_LISTED_TOP_K = 1024
+"""With which clusters list what top-k may keep: `kMostHeldK`."""
 
-_SMALL_TOP_K = 256
-"""Up to which blocks that stream a row are fast too."""
+MOST_LISTED_VOCAB = 2**18
+"""Of rows that they list: `kHeldLimit`."""
+
+_HELD = 2**14
+"""Elements that a block can hold; half of them are held faster."""
+
+_SMS = 132
+"""Of an H100 and an H200, each of which takes two blocks."""
 
 
-def cluster_blocks(arch: str, batch_size: int, vocab_size: int, large_top_k: bool) -> int:
-    """How many blocks of a cluster hold a row of fp32; 0 where none do.
+def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> int:
+    """How many blocks of a cluster take a row of fp32; 0 where blocks that stream it do.
 
-    Chosen on an H200, beside blocks that stream rows, which is faster where samples are many but
-    slow where top-k is large.
+    Where one `top_k` of at most 1024 holds for all samples (`lists`), a block reads its part in
+    steps; else it must hold it. Chosen on an H200.
     """
     if not arch.startswith("sm_90") or vocab_size % 4:
         return 0
-    blocks, most = 1, 2**14  # elements that a block can hold; half of them are held faster
-    while (
-        blocks < MOST_CLUSTER_BLOCKS and blocks * (most if large_top_k else most // 2) < vocab_size
-    ):
-        blocks *= 2
-    if blocks * most < vocab_size or blocks * batch_size > 256:
-        return 0
+    blocks = 1
+    if lists:
+        if vocab_size > MOST_LISTED_VOCAB:
+            return 0
+    else:
+        while blocks < MOST_CLUSTER_BLOCKS and blocks * _HELD // 2 < vocab_size:
+            blocks *= 2
+        if blocks * _HELD < vocab_size or blocks * batch_size > 256:
+            return 0
     while (
         blocks < MOST_CLUSTER_BLOCKS
-        and 2 * blocks * batch_size <= 132
+        and 2 * blocks * batch_size <= _SMS
         and blocks * 2**12 < vocab_size
     ):
+        blocks *= 2
+    if lists and blocks * 2**16 < vocab_size and 2 * blocks * batch_size <= 2 * _SMS:
         blocks *= 2
     return blocks
 
@@ -77,11 +87,11 @@ def make(launchers: Launchers) -> Implementation:
             drawn, seed_tensor = maker(a.probs, (1,), torch.int64), True
         joint = a.filter_apply_order == "joint"
         blocks = blocks_a_row(batch_size, vocab_size)
-        held = held_large = 0
+        held = listed = 0
         if a.probs.dtype == torch.float32:
             arch = launchers.arch(a.probs.device)
-            held, held_large = (
-                cluster_blocks(arch, batch_size, vocab_size, large) for large in (False, True)
+            held, listed = (
+                cluster_blocks(arch, batch_size, vocab_size, lists) for lists in (False, True)
             )
         tokens_for = maker(a.probs, (batch_size,), torch.int32)
         valid_for = maker(a.probs, (batch_size,), torch.bool) if a.return_valid else None
@@ -107,8 +117,8 @@ def make(launchers: Launchers) -> Implementation:
                 seed = drawn(probs).random_(generator=generator)
             tokens = tokens_for(probs)
             clusters = held
-            if not k_tensor and _SMALL_TOP_K < top_k < vocab_size:
-                clusters = held_large if top_k <= MOST_HELD_TOP_K else 0
+            if not k_tensor and 0 < top_k < vocab_size:
+                clusters = listed if top_k <= MOST_LISTED_TOP_K else 0
             valid = valid_for(probs) if valid_for else None
             launch(
                 probs,
