@@ -54,22 +54,32 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> 
     """
     if not arch.startswith("sm_90") or vocab_size % 4:
         return 0
-    blocks = 1
     if lists:
         if vocab_size > MOST_LISTED_VOCAB:
             return 0
-    else:
-        while blocks < MOST_CLUSTER_BLOCKS and blocks * _HELD // 2 < vocab_size:
+        blocks, share = 1, 3 * 2**10 if batch_size <= 8 else 2**13  # elements enough for a block
+        while (
+            blocks < MOST_CLUSTER_BLOCKS
+            and 2 * blocks * batch_size <= _SMS
+            and blocks * share < vocab_size
+        ):
             blocks *= 2
-        if blocks * _HELD < vocab_size or blocks * batch_size > 256:
-            return 0
+        return 2 if _SMS < 2 * batch_size <= 2 * _SMS and vocab_size > 2**13 else blocks
+    for held in (_HELD // 2, _HELD):
+        blocks = 1
+        while blocks < MOST_CLUSTER_BLOCKS and blocks * held < vocab_size:
+            blocks *= 2
+        if blocks * batch_size <= _SMS:
+            break
+    if blocks * _HELD < vocab_size or blocks * batch_size > 256:
+        return 0
+    if blocks > 4 and batch_size > 16:  # not all such clusters run at once
+        return 0
     while (
         blocks < MOST_CLUSTER_BLOCKS
         and 2 * blocks * batch_size <= _SMS
         and blocks * 2**12 < vocab_size
     ):
-        blocks *= 2
-    if lists and blocks * 2**16 < vocab_size and 2 * blocks * batch_size <= 2 * _SMS:
         blocks *= 2
     return blocks
 
