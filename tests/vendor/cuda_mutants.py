@@ -68,11 +68,11 @@ MUTANTS = (
     ),
     _held(
         "short-list-believed",
-        "const int count = sort_listed(own, sort_low, top, blocks, s), "
+        "const int count = sort_listed(own, low, top, blocks, s), "
         "top_k = static_cast<int>(r.top_k);\n"
         "  // Fewer than top-k may have mass at all.\n"
         "  if (count < top_k && low > kLeast) return kAlone;",
-        "const int count = sort_listed(own, sort_low, top, blocks, s), "
+        "const int count = sort_listed(own, low, top, blocks, s), "
         "top_k = static_cast<int>(r.top_k);",
     ),
     _held("longer-list-believed", "own.listed > room_of(blocks) || (own.odd", "(own.odd"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,20 +58,19 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> 
     if lists:
         if vocab_size > MOST_LISTED_VOCAB:
             return 0
-        blocks, share = 1, 3 * 2**10 if batch_size <= 8 else 2**13  # elements enough for a block
-        while (
-            blocks < MOST_CLUSTER_BLOCKS
-            and 2 * blocks * batch_size <= _SMS
-            and blocks * share < vocab_size
-        ):
-            blocks *= 2
-        return 2 if _SMS < 2 * batch_size <= 2 * _SMS and vocab_size > 2**13 else blocks
-    for held in (_HELD // 2, _HELD):
+        if _SMS < 2 * batch_size <= 2 * _SMS:  # two that hold the row, or read it in more steps
+            return 2 if 2**13 < vocab_size <= 2**14 or vocab_size > 2**15 else 1
+        most, share = min(4, _SMS // batch_size), 2**13  # elements enough for a block
+        if batch_size <= 8:
+            most, share = MOST_CLUSTER_BLOCKS, 2**11 if vocab_size > 2**14 else 2**12
         blocks = 1
-        while blocks < MOST_CLUSTER_BLOCKS and blocks * held < vocab_size:
+        while 2 * blocks <= most and blocks * share < vocab_size:
             blocks *= 2
-        if blocks * batch_size <= _SMS:
-            break
+        return blocks
+    blocks, few = (_power_of_two(vocab_size / held) for held in (_HELD // 2, _HELD))
+    if blocks * batch_size > _SMS >= few * batch_size:
+        blocks = few
+    blocks = min(blocks, MOST_CLUSTER_BLOCKS)
     if blocks * _HELD < vocab_size or blocks * batch_size > 256:
         return 0
     if blocks > 4 and batch_size > 16:  # not all such clusters run at once
@@ -82,6 +82,11 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> 
     ):
         blocks *= 2
     return blocks
+
+
+def _power_of_two(least: float) -> int:
+    """The first that is not less."""
+    return 1 << max(0, math.ceil(math.log2(least)))
 
 
 def make(launchers: Launchers) -> Implementation:
