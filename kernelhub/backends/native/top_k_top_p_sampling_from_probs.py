@@ -53,16 +53,17 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> 
     Where one `top_k` of at most 1024 holds for all samples (`lists`), a block reads its part in
     steps; else it must hold it. Chosen on an H200.
     """
-    if not arch.startswith("sm_90") or vocab_size % 4:
+    if not arch.startswith("sm_90") or vocab_size % 4 or batch_size * vocab_size == 0:
         return 0
     if lists:
         if vocab_size > MOST_LISTED_VOCAB:
             return 0
         if _SMS < 2 * batch_size <= 2 * _SMS:  # two that hold the row, or read it in more steps
             return 2 if 2**13 < vocab_size <= 2**14 or vocab_size > 2**15 else 1
-        most, share = min(4, _SMS // batch_size), 2**13  # elements enough for a block
         if batch_size <= 8:
             most, share = MOST_CLUSTER_BLOCKS, 2**11 if vocab_size > 2**14 else 2**12
+        else:
+            most, share = min(4, _SMS // batch_size), 2**13
         blocks = 1
         while 2 * blocks <= most and blocks * share < vocab_size:
             blocks *= 2
