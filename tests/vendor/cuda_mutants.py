@@ -24,7 +24,7 @@ import attrs
 import torch
 
 import kernelhub
-from kernelhub import registry
+from kernelhub import quantize, registry
 from kernelhub.backend import Backend
 from kernelhub.backends.cuda import _kernels
 from kernelhub.backends.native import tiles
@@ -357,7 +357,7 @@ def _failing_rows() -> str:
 
 def _failing_own(tile: str) -> str:
     classes = [f"{s} n512 k{k}" for s in ("dense", "fp8", "int4") for k in (512, 1024)]
-    classes.append("dense n65536 k512")
+    classes += ["dense n65536 k512", "dense n520 k8192", "int4 n520 k8192"]
     table = {name: tile for name in classes if tiles.fits(name, tile)}
     with tiles.override(dict.fromkeys(_GEMV, table)):
         for op in _GEMV:
@@ -366,7 +366,23 @@ def _failing_own(tile: str) -> str:
                     outcome = run_case(op, case, "mutant", "cuda")
                     if outcome.status != "passed":
                         return f"{op} {case.name}: {outcome.message}"
-        return _many_items()
+        return _wide_and_odd() or _many_items()
+
+
+def _wide_and_odd() -> str:
+    """Rows long enough for all warps, and of a number that fills no tile."""
+    made = torch.Generator(device="cuda").manual_seed(0)
+    weight = torch.randn(520, 8192, generator=made, device="cuda") / 90
+    x = torch.randn(3, 8192, generator=made, device="cuda").bfloat16()
+    packed, scale, _ = quantize.quantize_int4(weight, group_size=128, zero_point=False)
+    low_bit = {"weight": packed, "weight_scale": scale.bfloat16()}
+    for scheme, operands in (("dense", {"weight": weight.bfloat16()}), ("int4", low_bit)):
+        room = torch.full((4, 520), 7.0, dtype=torch.bfloat16, device="cuda")
+        kernelhub.ops.fused_gemv.on("mutant")(x, **operands, out=room[:3])
+        exact = kernelhub.ops.fused_gemv.on("reference")(x, **operands)
+        if not torch.allclose(room[:3].float(), exact.float(), atol=0.1) or (room[3] != 7).any():
+            return f"520 rows of 8192, {scheme}"
+    return ""
 
 
 def _many_items() -> str:

@@ -69,7 +69,7 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> 
             blocks *= 2
         return blocks
     blocks, few = (_power_of_two(vocab_size / held) for held in (_HELD // 2, _HELD))
-    if blocks > 2 and blocks * batch_size > _SMS >= few * batch_size:
+    if blocks * batch_size > _SMS and blocks > 2 and (few <= 2 or few * batch_size <= _SMS):
         blocks = few
     blocks = min(blocks, MOST_CLUSTER_BLOCKS)
     if blocks * _HELD < vocab_size or blocks * batch_size > 256:
