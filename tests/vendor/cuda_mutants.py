@@ -357,7 +357,7 @@ def _failing_rows() -> str:
 
 def _failing_own(tile: str) -> str:
     classes = [f"{s} n512 k{k}" for s in ("dense", "fp8", "int4") for k in (512, 1024)]
-    classes += ["dense n65536 k512", "dense n520 k8192", "int4 n520 k8192"]
+    classes += ["dense n65536 k512", "dense n1024 k8192", "int4 n1024 k8192"]
     table = {name: tile for name in classes if tiles.fits(name, tile)}
     with tiles.override(dict.fromkeys(_GEMV, table)):
         for op in _GEMV:
