@@ -16,7 +16,8 @@ int32_t run_held(const Arguments& a, int32_t dtype, int64_t blocks, stream_t str
   if (vectors <= 1) return run_held<1>(a, count, stream);
   if (vectors <= 2) return run_held<2>(a, count, stream);
   if (vectors <= 4) return run_held<4>(a, count, stream);
-  const bool lists = a.top_k.data == nullptr && a.top_k_value > 0 && a.top_k_value <= kMostHeldK;
+  const bool lists = a.top_k.data == nullptr && a.top_k_value > 0 &&
+                     static_cast<uint64_t>(a.top_k_value) <= kMostHeldK;
   if (lists && a.vocab_size <= kHeldLimit) return run_held<8, true>(a, count, stream);
   return vectors <= 8 ? run_held<8>(a, count, stream) : kNotHeld;
 }

@@ -20,7 +20,7 @@ _KERNEL = re.compile(
 _STREAM = re.compile(r"Format\w*?(half|bf16)_t.*?SchemeE(\d)ELi(\d)ELb(\d)EEELi(\d)E")
 _WHOLE = re.compile(r"gemv_whole_kernelI\w*?(half|bf16)_tELi(\d+)ELi(\d+)ELi(\d+)EE")
 _WHOLE_INT4 = re.compile(r"gemv_whole_int4_kernelI\w*?(half|bf16)_tELb(\d)ELi(\d+)ELi(\d+)EE")
-_HELD = re.compile(r"held_kernelILi(\d+)E")
+_HELD = re.compile(r"held_kernelILi(\d+)ELb(\d)E")
 
 
 def read(report: str) -> dict[str, list[int]]:
@@ -38,7 +38,8 @@ def _kind_of(name: str) -> str:
         kind = "int4 with zeros" if zeros == "1" else "int4"
         return f"whole {kind} {dtype}, {columns} x 8 columns, {depth} units ahead"
     if held := _HELD.search(name):
-        return f"held, {held.group(1)} vectors"
+        vectors, by_steps = held.groups()
+        return f"held, {vectors} vectors" + (", in steps" if by_steps == "1" else "")
     parts = _STREAM.search(name)
     assert parts is not None, name
     dtype, scheme, tiles, plain, columns = parts.groups()
