@@ -255,7 +255,7 @@ class Bench:
                 self.truths[scheme] = dequantized(sizes, self.device, model)
                 if sizes.experts:
                     self.truths[scheme].set_experts_implementation("batched_mm")
-            self._undo.enter_context(accelerate(model))
+            self._undo.enter_context(accelerate(model, frozen=True))
 
     def close(self) -> None:
         self._undo.close()

@@ -30,6 +30,12 @@ OPS: dict[str, dict[str, int]] = {
         "rotary_embedding": 2,
     },
 }
+# Where the weights are frozen these are one product each.
+FROZEN = {
+    "llama": 2 * (2 + 2) + 1,
+    "qwen3_moe": 2 * 2 + 2 + 1 + 1,
+    "mixtral": 2 * (2 + 1) + 1,
+}
 IDS = torch.tensor([[5, 17, 3], [7, 2, 30]])
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -70,6 +76,53 @@ def test_tokens_are_stocks(family: str) -> None:
     assert torch.equal(say(model, cache_implementation="static").logits, stock.logits)
 
 
+@pytest.mark.parametrize("family", FROZEN)
+def test_frozen_weights_are_joined(family: str) -> None:
+    model = make(family)
+    stock = say(model, cache_implementation="static")
+    ops: Counter[str] = Counter()
+    with accelerate(model, frozen=True):
+        model.forward = compiled(model, ops)
+        said = say(model, cache_implementation="static")
+        del model.forward
+    assert torch.equal(said.tokens, stock.tokens)
+    assert said.error(stock) < 1e-5
+    assert dict(ops) == {
+        op: 2 * count for op, count in (OPS[family] | {"fused_gemv": FROZEN[family]}).items()
+    }
+
+
+@torch.no_grad()
+def test_frozen_while_one_block_says_so() -> None:
+    """A graph knows which it was made for; after the block weights may change."""
+    model, ops = make("llama"), Counter[str]()
+    run = compiled(model, ops)
+    with accelerate(model):
+        with accelerate(model, frozen=True):
+            inside = run(IDS).logits
+            assert ops["fused_gemv"] == FROZEN["llama"]
+            torch.testing.assert_close(model(IDS).logits, inside, rtol=1e-4, atol=1e-5)
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        outside = run(IDS).logits
+        assert ops["fused_gemv"] == FROZEN["llama"] + OPS["llama"]["fused_gemv"]
+        torch.testing.assert_close(model(IDS).logits, outside, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(inside, outside, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_flow_through_frozen_layers() -> None:
+    """Whoever asks for gradients is given the weights themselves, which are not one."""
+    model, ops = make("llama"), Counter[str]()
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    model(IDS).logits.square().sum().backward()
+    expected, weight.grad = weight.grad, None
+    with accelerate(model, frozen=True), kernelhub.use("reference"):
+        for forward in (model.forward, compiled(model, ops)):
+            forward(IDS).logits.square().sum().backward()
+            torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-4)
+            weight.grad = None
+    assert ops["fused_gemv"] == OPS["llama"]["fused_gemv"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_entering_and_leaving_are_seen(family: str) -> None:
@@ -101,11 +154,12 @@ def test_new_weights_are_seen() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("scheme", ["int4", "fp8"])
-def test_quantised_models(scheme: str) -> None:
+def test_quantised_models(scheme: str, frozen: bool) -> None:
     model = make("qwen3_moe", torch.bfloat16)
     quantize(model, scheme)  # type: ignore[arg-type]
-    with accelerate(model):
+    with accelerate(model, frozen=frozen):
         expected = model(IDS).logits
         got = compiled(model)(IDS).logits
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())

@@ -25,7 +25,7 @@ _OP = {
 }  # norms have none: torch's own rms_norm
 _RUN: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "attention": lambda _: attention.attention,
-    "mlp": lambda _: layers.GateUp(),
+    "mlp": layers.GateUp,
     "moe": layers.SharedExperts,
     "router": lambda _: layers.router,
     "norm": lambda _: layers.rms_norm,
@@ -39,10 +39,11 @@ class Accelerated:
     the reason. Both are empty before the block is entered first.
     """
 
-    def __init__(self, model: Any, census: Census | None = None) -> None:
+    def __init__(self, model: Any, census: Census | None = None, frozen: bool = False) -> None:
         self._family = families.family_of(NAME, model)
         self.model = model
         self.census = census
+        self.frozen = frozen
         self.layers: tuple[Layer, ...] = ()
         self._entered: list[ExitStack] = []
 
@@ -69,7 +70,7 @@ class Accelerated:
         )
 
 
-def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
+def accelerate(model: Any, *, census: Census | None = None, frozen: bool = False) -> Accelerated:
     """Run a model's layers through kernelhub's ops inside a `with` block.
 
     What runs through which op, on the backend that kernelhub chooses for each call:
@@ -93,13 +94,15 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     exception ended a block. A copy of the model made inside (`copy.deepcopy`) is not accelerated.
 
     Gate and up, and query, key and value, are kept as one more copy while the block lasts, made on
-    first use and anew where one has changed; a change through `.data` is not seen. torch.compile
-    gives each a product of its own instead.
+    first use and anew where one has changed; a change through `.data` is not seen. Under
+    torch.compile, which could not see any change, each has a product of its own, unless `frozen`.
 
     Args:
         model: a model of Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral or DeepSeek-V3, perhaps quantised
             by `quantize`; weights fp32, fp16 or bf16.
         census: counts each call, with its backend and why; see `Census` for the cost.
+        frozen: promises that no weight changes while the block lasts. The copies are made on
+            entry, nothing looks for a change, and torch.compile uses them too.
 
     Returns:
         Accelerated: a context manager whose `layers` and `stock` say what became of each layer.
@@ -107,15 +110,20 @@ def accelerate(model: Any, *, census: Census | None = None) -> Accelerated:
     Raises:
         ArgumentError: the model is of none of the families.
     """
-    return Accelerated(model, census)
+    return Accelerated(model, census, frozen)
 
 
 def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer]:
     """Place the ops for `user`, push on `undo` what takes them away, tell of each layer."""
 
     def patch(owner: Any, name: str, run: Callable[..., Any]) -> None:
-        patches.add(owner, name, run, user)
+        running = patches.add(owner, name, run, user).run
         undo.callback(patches.remove, owner, name, user)
+        if user.frozen:
+            whole = getattr(running, "of", running)  # a projection is one of several
+            if hasattr(whole, "hold") and all(whole is not other for other in held):
+                held.append(whole)
+                undo.callback(whole.hold().let_go)
 
     def place(module: nn.Module) -> tuple[str, str] | None:
         """The op of a module, or why it has none; None where it has nothing to say."""
@@ -139,6 +147,7 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
             return "fused_gemv", why
         return ("", families.no_op(module)) if module._parameters else None
 
+    held: list[Any] = []
     placed: list[nn.Module] = []
     joined: dict[nn.Module, Callable[..., Any]] = {}
     for name, module in user.model.named_modules():  # an attention module before its parts
@@ -159,4 +168,5 @@ def _projections(module: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., A
     found = attention.projections(module)
     if found is not None:
         for index, part in enumerate(found.parts):
-            yield part, found.run(index, count if isinstance(part, QUANTIZED) else layers.linear)
+            alone = count if isinstance(part, QUANTIZED) else layers.linear
+            yield part, attention.Projection(found, index, alone)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -57,8 +57,7 @@ def _fresh(attention: nn.Module) -> bool:
 # ---- projections -----------------------------------------------------------------------------
 
 
-@attrs.frozen
-class _Projected:
+class _Projected(NamedTuple):
     """What remains of a product until the layers that it was made for ask for it."""
 
     of: Any
@@ -70,46 +69,61 @@ class _Projected:
 class Projections:
     """The projections of an attention module: one product for all, made when the first is called.
 
-    Not under torch.compile, which could not see that a weight has changed, and not where gradients
-    flow: then each has its own.
+    Not where gradients flow, and under torch.compile only where the weights are held, as it could
+    not see that one has changed: then each has its own.
     """
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = tuple(parts)
         self._joined = layers.Joined()
 
-    def run(self, index: int, alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The `run` of a patch of one projection, and how it runs alone."""
+    def part(self, index: int, x: Tensor, users: tuple[Any, ...]) -> Tensor | None:
+        """The product of one projection; None where it is to be computed alone."""
+        if self._refuses(x):
+            return None
+        made = getattr(_inside, "projected", None)
+        if made is None or made.of is not self or made.x is not x or index not in made.parts:
+            made = _inside.projected = self._product(users, x)
+        elif made.version != layers.version(x):
+            return None
+        found: Tensor = made.parts.pop(index)
+        return found
 
-        def projection(patch: Patch, users: tuple[Any, ...], input: Tensor) -> Tensor:
-            x = input
-            if torch.compiler.is_compiling() or self._refuses(x):
-                return alone(patch, users, x)
-            made = getattr(_inside, "projected", None)
-            if made is None or made.of is not self or made.x is not x or index not in made.parts:
-                made = _inside.projected = self._product(users, x)
-            elif made.version != layers.version(x):
-                return alone(patch, users, x)
-            return made.parts.pop(index)
-
-        return projection
+    def hold(self) -> layers.Joined:
+        """Hold the joined weights, for who then lets them go."""
+        self._joined.hold(*self.parts)
+        return self._joined
 
     def _refuses(self, x: Tensor) -> bool:
         if not getattr(_inside, "users", ()):
             return True  # called by others than the attention module
+        if torch.compiler.is_compiling() and (
+            self._joined.held is None or any(map(layers.hooked, self.parts))
+        ):
+            return True  # nor could it see that a hook changes x
         quantised = isinstance(self.parts[0], QuantizedLinear)
         if layers.refusal(x, *(() if quantised else (p.weight for p in self.parts))):
             return True
-        return torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(p.requires_grad for part in self.parts for p in part.parameters())
-        )
+        return (torch.is_grad_enabled() and x.requires_grad) or layers.wants_gradients(*self.parts)
 
     def _product(self, users: tuple[Any, ...], x: Tensor) -> _Projected:
         place = "query, key and value"
         y = run(layers.censuses_of(users), "fused_gemv", place, x, **self._joined(*self.parts))
         sizes = [part.weight.shape[0] for part in self.parts]
         return _Projected(self, x, layers.version(x), dict(enumerate(y.split(sizes, -1))))
+
+
+@attrs.frozen(eq=False)
+class Projection:
+    """The `run` of a patch of one projection; `alone` runs it where it is not one with others."""
+
+    of: Projections
+    index: int
+    alone: Callable[..., Tensor]
+
+    def __call__(self, patch: Patch, users: tuple[Any, ...], input: Tensor) -> Tensor:
+        found = self.of.part(self.index, input, users)
+        return self.alone(patch, users, input) if found is None else found
 
 
 def projections(attention: nn.Module) -> Projections | None:
@@ -203,7 +217,7 @@ def decode(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One new token of each sequence: heads of one key are rows of one query, so no key is copied.
+    """One new token of each sequence, without a copy of keys and values for each head.
 
     query `[batch, heads, 1, D]`, key and value `[batch, kv_heads, length, D]`; with a mask
     `[batch, 1, 1, length]`, which a static cache needs and torch makes additive anew in each layer.
@@ -226,9 +240,27 @@ def decode(
     mask = attention_mask
     if mask.dtype is torch.bool:
         mask = _once("mask", _additive, mask, query.dtype)
-    packed = query.reshape(batch, kv_heads, heads // kv_heads, -1)
-    y = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    grouped = _knows_groups(query.device, query.dtype)
+    if not grouped:  # torch would copy: heads of one key are rows of one query instead
+        query = query.reshape(batch, kv_heads, heads // kv_heads, -1)
+    y = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
     return y.reshape(batch, 1, heads, -1), None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _knows_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch chooses cuDNN, which takes several heads for a key as they are.
+
+    Given one query a head it splits the keys among blocks.
+    """
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device)[0] in (9, 10)
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    )
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

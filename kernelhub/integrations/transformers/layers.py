@@ -7,12 +7,13 @@ what it stands for, and answers as that does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from kernelhub.integrations import too_many_rows
 from kernelhub.integrations.census import Census, ran_stock, run
@@ -56,29 +57,57 @@ def linear(patch: Patch, users: tuple[Any, ...], input: Tensor) -> Tensor:
 class Joined:
     """The weights of layers that read the same input, one below the other.
 
-    A copy, made on first use and anew where an original has changed.
+    A copy, made on first use and anew where an original has changed. While somebody `hold`s it,
+    the originals do not change, and nothing looks whether they have.
     """
 
     def __init__(self) -> None:
         self._made: tuple[Any, dict[str, Any]] | None = None
+        self._holders = 0
+        self.held: dict[str, Any] | None = None
 
     def __call__(self, *layers: nn.Module) -> dict[str, Any]:
         """What `fused_gemv` takes: weight, weight_scale and bias of all layers."""
-        parts = [getattr(layer, name, None) for name in _TENSORS for layer in layers]
-        tensors = [t for t in parts if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if wants_gradients(*layers):
             return join(*layers)  # a copy that is kept would keep its graph
+        if self.held is not None:
+            return self.held
+        tensors = _tensors(layers)
         state = [(t.data_ptr(), t.device, t.dtype, version(t)) for t in tensors]
         made = self._made
         if made is None or made[0] != state:
             if capturing(tensors[0].device):
                 return join(*layers)  # it has no numbers before the graph is replayed
-            with torch.inference_mode(False), torch.no_grad():  # to be used in any mode
-                made = self._made = (state, join(*layers))
+            made = self._made = (state, _join_for_any_mode(*layers))
         return made[1]
+
+    def hold(self, *layers: nn.Module) -> None:
+        """Make the copy now, for one who promises that the layers do not change until `let_go`."""
+        self._holders += 1
+        if self.held is None:
+            made = _join_for_any_mode(*layers)
+            for tensor in made.values():
+                if tensor is not None:  # torch.compile's graphs read it where it lies
+                    torch._dynamo.mark_static_address(tensor)
+            self.held, self._made = made, None
+
+    def let_go(self) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self.held = None
 
 
 _TENSORS = ("weight", "weight_scale", "bias")
+
+
+def _tensors(layers: Iterable[nn.Module]) -> list[Tensor]:
+    found = (getattr(layer, name, None) for name in _TENSORS for layer in layers)
+    return [t for t in found if t is not None]
+
+
+def wants_gradients(*layers: nn.Module) -> bool:
+    """Whether the weights of layers are to have gradients."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(layers))
 
 
 def join(*layers: nn.Module) -> dict[str, Any]:
@@ -87,6 +116,11 @@ def join(*layers: nn.Module) -> dict[str, Any]:
         n: [t for t in (getattr(x, n, None) for x in layers) if t is not None] for n in _TENSORS
     }
     return {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
+
+
+def _join_for_any_mode(*layers: nn.Module) -> dict[str, Any]:
+    with torch.inference_mode(False), torch.no_grad():
+        return join(*layers)
 
 
 def capturing(device: torch.device) -> bool | None:
@@ -99,36 +133,47 @@ def capturing(device: torch.device) -> bool | None:
 
 
 def version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+    """Changes with t's numbers, but for inference tensors and where torch.compile traces."""
+    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 class GateUp:
     """`down(silu(gate(x)) * up(x))` with gate and up as one weight, `[2 I, K]`.
 
-    Not under torch.compile, which could not see that the originals have changed.
+    Under torch.compile where the weights are held: it could not see that the originals have
+    changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mlp: Any) -> None:
+        self._mlp = mlp
         self._joined = Joined()
 
     def __call__(self, patch: Patch, users: tuple[Any, ...], x: Tensor) -> Tensor:
-        mlp, place = patch.owner, "gate-up with SwiGLU"
-        if torch.compiler.is_compiling():
+        mlp, place = self._mlp, "gate-up with SwiGLU"
+        gate_up = (mlp.gate_proj, mlp.up_proj)
+        if torch.compiler.is_compiling() and (
+            self._joined.held is None or wants_gradients(*gate_up)
+        ):
             return patch.stock(x)  # type: ignore[no-any-return]
         counted = censuses_of(users)
         why = refusal(x, mlp.gate_proj.weight, mlp.up_proj.weight)
-        if not why and any(hooked(part) for part in (mlp.gate_proj, mlp.up_proj)):
+        if not why and any(hooked(part) for part in gate_up):
             why = "hooks on gate or up"
         if why:
             ran_stock(counted, "fused_gemv", place, why)
             return patch.stock(x)  # type: ignore[no-any-return]
-        weights = self._joined(mlp.gate_proj, mlp.up_proj)
-        y = run(counted, "fused_gemv", place, x, **weights, activation="swiglu")
+        y = run(counted, "fused_gemv", place, x, **self._joined(*gate_up), activation="swiglu")
         return mlp.down_proj(y)  # type: ignore[no-any-return]
+
+    def hold(self) -> Joined:
+        """Hold the joined weights, for who then lets them go."""
+        self._joined.hold(self._mlp.gate_proj, self._mlp.up_proj)
+        return self._joined
 
 
 def hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    return any((module._forward_hooks, module._forward_pre_hooks, *of_all))
 
 
 def rms_norm(patch: Patch, users: tuple[Any, ...], hidden_states: Tensor) -> Tensor:
@@ -151,7 +196,8 @@ def router(
     """A router by softmax: logits `[M, E]`, weights and ids of the experts chosen, `[M, k]`.
 
     Where the weights of those chosen are divided by their sum, a softmax over them alone is the
-    same.
+    same. Those chosen come in any order: who sums over them does not ask for one, and torch sorts
+    by a kernel of its own.
     """
     gate, place = patch.owner, "router"
     counted = censuses_of(users)
@@ -162,10 +208,11 @@ def router(
         return patch.stock(hidden_states)  # type: ignore[no-any-return]
     logits: Tensor = run(counted, "fused_gemv", place, x, gate.weight)
     if getattr(gate, "norm_topk_prob", True):  # Mixtral, which has no choice, divides
-        chosen, ids = logits.topk(gate.top_k, dim=-1)
+        chosen, ids = logits.topk(gate.top_k, dim=-1, sorted=False)
         weights = torch.softmax(chosen, -1, dtype=torch.float32)
     else:
-        weights, ids = torch.softmax(logits, -1, dtype=torch.float32).topk(gate.top_k, dim=-1)
+        weights = torch.softmax(logits, -1, dtype=torch.float32)
+        weights, ids = weights.topk(gate.top_k, dim=-1, sorted=False)
     if hasattr(gate, "norm_topk_prob"):  # Qwen3-MoE rounds, Mixtral does not
         weights = weights.to(logits.dtype)
     return logits, weights, ids

@@ -58,14 +58,18 @@ class Patch:
 _patches: dict[tuple[int, str], Patch] = {}  # a patch keeps its owner alive, so ids stay its own
 
 
-def add(owner: Any, name: str, run: Callable[..., Any], user: Any) -> None:
-    """Let `user` use a patch of `owner.name`; `run(patch, users, *args)` is called in its place."""
+def add(owner: Any, name: str, run: Callable[..., Any], user: Any) -> Patch:
+    """Let `user` use a patch of `owner.name`; `run(patch, users, *args)` is called in its place.
+
+    Returns the patch, which may be an earlier user's, with a `run` of that one.
+    """
     with lock:
         patch = _patches.get((id(owner), name))
         if patch is None:
             patch = _patches[id(owner), name] = Patch(owner, name, run)
             patch.put()
         patch.users = (*patch.users, user)
+        return patch
 
 
 def remove(owner: Any, name: str, user: Any) -> None:
