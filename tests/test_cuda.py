@@ -297,6 +297,7 @@ def _doubled(value: Any) -> Any:
 # ---- GEMV --------------------------------------------------------------------------------------
 
 CLASSES = [tiles.shape_class(s, 512, k) for s in ("dense", "fp8", "int4") for k in (512, 1024)]
+CLASSES.append(tiles.shape_class("dense", 512, 8192))
 STREAMS = [
     t
     for t in tiles.GEMV_TILES
@@ -377,7 +378,9 @@ def weights(scheme: str, n: int, k: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
-@pytest.mark.parametrize("size", [(4096, 4096), (28672, 1024), (5120, 2048), (2048, 7168)])
+@pytest.mark.parametrize(
+    "size", [(4096, 4096), (28672, 1024), (5120, 2048), (2048, 7168), (4096, 14336)]
+)
 def test_rows_do_not_depend_on_their_company(scheme: str, size: tuple[int, int]) -> None:
     n, k = size
     made = weights(scheme, n, k)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernelhub.backends.native import abi
-from tests.vendor import registers
+from tests.vendor import first_reads, registers
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -125,8 +125,9 @@ def test_kernels_of_cuda_alone_compile(source: Path, arch: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("source", CUDA_ALONE, ids=lambda path: path.name)
-def test_registers_are_those_on_record(source: Path, tmp_path: Path) -> None:
-    """Of each kernel with nvcc 13.0 for sm_90a, and the bytes that it spills.
+def test_machine_code(source: Path, tmp_path: Path) -> None:
+    """With nvcc 13.0 for sm_90a: each kernel's registers and the bytes that it spills are those on
+    record, and no kernel touches memory before it has waited for the work before it.
 
     `python -m tests.vendor.registers` records them anew.
     """
@@ -134,9 +135,14 @@ def test_registers_are_those_on_record(source: Path, tmp_path: Path) -> None:
     if registers.RECORDED_WITH not in version:
         pytest.skip(f"the record is of {registers.RECORDED_WITH}")
     command = nvcc(FOR_CUDA, source, (*THOROUGHLY, "-Xptxas", "-v"))
+    command[command.index("-c")] = "-cubin"
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert registers.read(run.stderr) == registers.record().get(source.name, {})
+    kept = registers.record().get(source.name, {})
+    assert registers.read(run.stderr) == kept
+    touched = first_reads.before_the_wait(tmp_path / "kernel.o")
+    assert len(touched) == len(kept)
+    assert not any(touched.values()), touched
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)

@@ -8,6 +8,7 @@ int32_t run_stream_dense(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_fp8(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_int4(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_whole(const Problem& p, stream_t stream);
+int32_t run_whole_experts(const Problem& p, stream_t stream);
 int32_t run_whole_int4(const Problem& p, stream_t stream);
 
 namespace {
@@ -33,8 +34,10 @@ int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_
       p.columns * ceil_div(p.outputs, kTileRows / 2) >= kFar)
     return kNotServed;
   if (index == kCount) {  // whole rows
-    if (p.topk_ids.data != nullptr || weight_dtype == KH_FLOAT8_E4M3FN) return kNotServed;
-    return weight_dtype == p.x_dtype ? run_whole(p, stream) : run_whole_int4(p, stream);
+    const bool dense = weight_dtype == p.x_dtype, experts = p.topk_ids.data != nullptr;
+    if (dense) return experts ? run_whole_experts(p, stream) : run_whole(p, stream);
+    if (experts || weight_dtype == KH_FLOAT8_E4M3FN) return kNotServed;
+    return run_whole_int4(p, stream);
   }
   const int(&shape)[4] = kShapes[index];
   Cut cut = {};

@@ -2,6 +2,35 @@
 #include "gemv_whole.muh"
 
 namespace kh::gemv {
+namespace {
+
+template <class T, int kWarps, Kind kKind>
+int32_t run_units(const Problem& p, const Whole& cut, stream_t stream) {
+  const auto steps = ceil_div(cut.units, kStepUnits);  // as even as they can be
+  const auto units = ceil_div(cut.units, steps * kWarps);
+  if (units <= kLeastUnits) return run_width<T, kWarps, kLeastUnits, kKind>(p, cut, stream);
+  if (units < kMostUnits) return run_width<T, kWarps, 7, kKind>(p, cut, stream);
+  return run_width<T, kWarps, kMostUnits, kKind>(p, cut, stream);
+}
+
+template <class T>
+int32_t launch_whole(const Problem& p, stream_t stream) {
+  Whole cut = {};
+  if (!fill(cut, p)) return kNotServed;
+  constexpr int64_t kMost = int64_t{kMaxGridY} * 2 * kColumnTile;  // columns of a launch
+  for (int64_t first = 0; first < p.columns; first += kMost) {
+    const Problem part = part_of(p, first, std::min(kMost, p.columns - first));
+    cut.wide = part.columns > kColumnTile;
+    const int32_t status = cut.units <= 8 * kMostUnits ? run_units<T, 8, kShort>(part, cut, stream)
+                           : cut.units <= kStepUnits
+                               ? run_units<T, kMostWarps, kShort>(part, cut, stream)
+                               : run_units<T, kMostWarps, kLong>(part, cut, stream);
+    if (status != 0) return status;
+  }
+  return 0;
+}
+
+}  // namespace
 
 int32_t run_whole(const Problem& p, stream_t stream) {
   return p.x_dtype == KH_FLOAT16 ? launch_whole<half_t>(p, stream)

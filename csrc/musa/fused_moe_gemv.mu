@@ -18,6 +18,8 @@ struct Slots {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_slots_kernel(Slots s) {
+  await_last();
+  let_next_come();
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < s.count;
        i += step) {
@@ -85,7 +87,7 @@ int32_t fused_moe_gemv_launch(const kh_fused_moe_gemv_args& a, stream_t stream) 
     using T = typename decltype(type)::type;
     const int64_t blocks = ceil_div(s.count, kThreads);
     const dim3 grid(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX));
-    return launched(launch(sum_slots_kernel<T>, grid, dim3(kThreads), 0, stream, s));
+    return launched(launch_early(sum_slots_kernel<T>, grid, dim3(kThreads), 0, stream, s));
   });
 }
 

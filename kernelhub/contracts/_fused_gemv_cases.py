@@ -405,6 +405,8 @@ def _whole_slices() -> Iterator[Case]:
         ("bf16", _make("dense", 3, 272, 512)),
         ("bf16-m17-swiglu", _make("dense", 17, 272, 256, bias=BF16, options=swiglu)),
         ("fp16-silu", _make("dense", 9, 272, 512, dtype=half, options={"activation": "silu"})),
+        ("bf16-long", _make("dense", 3, 272, 4224)),
+        ("fp16-long-swiglu", _make("dense", 9, 272, 4224, dtype=half, options=swiglu)),
         ("w8a16", _make("w8a16", 3, 272, 512)),
         ("w8a16-m17-swiglu", _make("w8a16", 17, 272, 256, bias=BF16, options=swiglu)),
         ("w8a16-channel-fp16", _make("w8a16", 9, 272, 512, scale="channel", dtype=half)),

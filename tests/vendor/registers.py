@@ -18,7 +18,7 @@ _KERNEL = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
 )
 _STREAM = re.compile(r"Format\w*?(half|bf16)_t.*?SchemeE(\d)ELi(\d)ELb(\d)EEELi(\d)E")
-_WHOLE = re.compile(r"gemv_whole_kernelI\w*?(half|bf16)_tELi(\d+)ELi(\d+)ELi(\d+)EE")
+_WHOLE = re.compile(r"gemv_whole_kernelI\w*?(half|bf16)_tELi(\d+)ELi(\d+)ELi(\d+)E\w*?KindE(\d)E")
 _WHOLE_INT4 = re.compile(r"gemv_whole_int4_kernelI\w*?(half|bf16)_tELb(\d)ELi(\d+)ELi(\d+)EE")
 _HELD = re.compile(r"held_kernelILi(\d+)ELb(\d)E")
 
@@ -31,8 +31,9 @@ def read(report: str) -> dict[str, list[int]]:
 def _kind_of(name: str) -> str:
     """A kernel's parameters in words."""
     if whole := _WHOLE.search(name):
-        dtype, warps, units, columns = whole.groups()
-        return f"whole {dtype}, {warps} warps, {units} units, {columns} x 8 columns"
+        dtype, warps, units, columns, index = whole.groups()
+        kind = ("whole", "whole long", "whole experts")[int(index)]
+        return f"{kind} {dtype}, {warps} warps, {units} units, {columns} x 8 columns"
     if whole := _WHOLE_INT4.search(name):
         dtype, zeros, columns, depth = whole.groups()
         kind = "int4 with zeros" if zeros == "1" else "int4"

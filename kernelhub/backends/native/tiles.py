@@ -35,8 +35,8 @@ GEMV_TILES = (*_PORTABLE_TILES, *_CUDA_TILES)
 the weight to a block: `m` runs on the matrix unit, with `w` warps; `r` does without and takes fp32
 too. CUDA's own, for compute capability 9.0 and 10.x, by warps along rows, warps along K and blocks
 of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two; `whole`, of 16-bit
-and int4 weights without experts, has whole rows in a block. What they do not serve (another K,
-alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
+weights and of int4 ones without experts, has whole rows in a block. What they do not serve (another
+K, alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
@@ -143,7 +143,7 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
         return None
     if op == "fused_moe_gemv":
         if scheme == "dense":
-            return None
+            return "whole" if 256 < k <= 4096 else None
         if k > 8192:
             return "s4x2c4"
         if scheme == "int4":
@@ -151,7 +151,7 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
         if k > 2048:
             return "s4x2c2"
         return "s4x2c1" if k > 1024 else "s4x1c1"
-    if 1024 < k <= 4096 and (scheme == "dense" or (scheme == "int4" and rows > 4096)):
+    if k > 1024 and (scheme == "dense" or (scheme == "int4" and k <= 4096 < rows)):
         return "whole"
     if k > 8192:
         return "s4x4c4" if rows <= 4096 and scheme != "int4" else "s4x2c4"
@@ -160,7 +160,7 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
             return "s2x4c2"
         if rows <= 4096:
             return "s2x8c2"
-        return "s4x4c4" if scheme == "dense" else "s8x2c4"
+        return "s8x2c4"
     if rows > 4096 and (k > 2048 or rows <= 8192):
         return "s4x2c2" if scheme == "int4" else "s8x2c4"
     if k > 2048:
