@@ -18,16 +18,12 @@ int32_t launch_whole(const Problem& p, stream_t stream) {
   Whole cut = {};
   if (!fill(cut, p)) return kNotServed;
   constexpr int64_t kMost = int64_t{kMaxGridY} * 2 * kColumnTile;  // columns of a launch
-  for (int64_t first = 0; first < p.columns; first += kMost) {
-    const Problem part = part_of(p, first, std::min(kMost, p.columns - first));
+  return in_parts(p, kMost, [&](const Problem& part) {
     cut.wide = part.columns > kColumnTile;
-    const int32_t status = cut.units <= 8 * kMostUnits ? run_units<T, 8, kShort>(part, cut, stream)
-                           : cut.units <= kStepUnits
-                               ? run_units<T, kMostWarps, kShort>(part, cut, stream)
-                               : run_units<T, kMostWarps, kLong>(part, cut, stream);
-    if (status != 0) return status;
-  }
-  return 0;
+    if (cut.units <= 8 * kMostUnits) return run_units<T, 8, kShort>(part, cut, stream);
+    if (cut.units <= kStepUnits) return run_units<T, kMostWarps, kShort>(part, cut, stream);
+    return run_units<T, kMostWarps, kLong>(part, cut, stream);
+  });
 }
 
 }  // namespace

@@ -15,19 +15,14 @@ template <class T>
 int32_t launch_whole_experts(const Problem& p, stream_t stream) {
   Whole cut = {};
   if (!fill(cut, p) || cut.units > kStepUnits) return kNotServed;
-  const int64_t tokens = p.columns / p.slots, most = kPlaces / p.slots;
-  for (int64_t first = 0; first < tokens; first += most) {
-    const Problem part = part_of(p, first, std::min(most, tokens - first));
+  return in_parts(p, kPlaces / p.slots, [&](const Problem& part) {
     // 8 columns at a time are faster, and few experts have more where each has 4 on average.
     cut.wide = part.columns > 4 * part.num_experts;
-    const int32_t status = cut.units <= 2 * kMostUnits   ? run_units<T, 2>(part, cut, stream)
-                           : cut.units <= 4 * kMostUnits ? run_units<T, 4>(part, cut, stream)
-                           : cut.units <= 8 * kMostUnits
-                               ? run_units<T, 8>(part, cut, stream)
-                               : run_units<T, kMostWarps>(part, cut, stream);
-    if (status != 0) return status;
-  }
-  return 0;
+    if (cut.units <= 2 * kMostUnits) return run_units<T, 2>(part, cut, stream);
+    if (cut.units <= 4 * kMostUnits) return run_units<T, 4>(part, cut, stream);
+    if (cut.units <= 8 * kMostUnits) return run_units<T, 8>(part, cut, stream);
+    return run_units<T, kMostWarps>(part, cut, stream);
+  });
 }
 
 }  // namespace
