@@ -119,11 +119,8 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
     def patch(owner: Any, name: str, run: Callable[..., Any]) -> None:
         running = patches.add(owner, name, run, user).run
         undo.callback(patches.remove, owner, name, user)
-        if user.frozen:
-            whole = getattr(running, "of", running)  # a projection is one of several
-            if hasattr(whole, "hold") and all(whole is not other for other in held):
-                held.append(whole)
-                undo.callback(whole.hold().let_go)
+        if user.frozen and isinstance(running, (layers.GateUp, attention.Projection)):
+            undo.callback(running.hold().let_go)
 
     def place(module: nn.Module) -> tuple[str, str] | None:
         """The op of a module, or why it has none; None where it has nothing to say."""
@@ -147,7 +144,6 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
             return "fused_gemv", why
         return ("", families.no_op(module)) if module._parameters else None
 
-    held: list[Any] = []
     placed: list[nn.Module] = []
     joined: dict[nn.Module, Callable[..., Any]] = {}
     for name, module in user.model.named_modules():  # an attention module before its parts

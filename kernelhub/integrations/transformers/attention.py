@@ -91,8 +91,7 @@ class Projections:
 
     def hold(self) -> layers.Joined:
         """Hold the joined weights, for who then lets them go."""
-        self._joined.hold(*self.parts)
-        return self._joined
+        return self._joined.hold(*self.parts)
 
     def _refuses(self, x: Tensor) -> bool:
         if not getattr(_inside, "users", ()):
@@ -124,6 +123,9 @@ class Projection:
     def __call__(self, patch: Patch, users: tuple[Any, ...], input: Tensor) -> Tensor:
         found = self.of.part(self.index, input, users)
         return self.alone(patch, users, input) if found is None else found
+
+    def hold(self) -> layers.Joined:
+        return self.of.hold()
 
 
 def projections(attention: nn.Module) -> Projections | None:

@@ -81,15 +81,16 @@ class Joined:
             made = self._made = (state, _join_for_any_mode(*layers))
         return made[1]
 
-    def hold(self, *layers: nn.Module) -> None:
+    def hold(self, *layers: nn.Module) -> Joined:
         """Make the copy now, for one who promises that the layers do not change until `let_go`."""
-        self._holders += 1
         if self.held is None:
             made = _join_for_any_mode(*layers)
             for tensor in made.values():
                 if tensor is not None:  # torch.compile's graphs read it where it lies
                     torch._dynamo.mark_static_address(tensor)
             self.held, self._made = made, None
+        self._holders += 1
+        return self
 
     def let_go(self) -> None:
         self._holders -= 1
@@ -167,8 +168,7 @@ class GateUp:
 
     def hold(self) -> Joined:
         """Hold the joined weights, for who then lets them go."""
-        self._joined.hold(self._mlp.gate_proj, self._mlp.up_proj)
-        return self._joined
+        return self._joined.hold(self._mlp.gate_proj, self._mlp.up_proj)
 
 
 def hooked(module: nn.Module) -> bool:
