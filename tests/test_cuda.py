@@ -288,6 +288,26 @@ def test_compiled_with_cuda_graphs(op: str) -> None:
             assert same(found, layer(arguments)), seed
 
 
+@every_op
+def test_who_follows_may_read_what_was_written_before(op: str) -> None:
+    """A kernel that an op's launch may bring up early, and that does not wait for it to end."""
+    early_reader = pytest.importorskip("tests.early_reader", reason="needs Triton")
+    # Two blocks at work for a millisecond, room for whatever is brought up on all other processors.
+    x = torch.empty(4, 2**20, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(32, 2**20, device="cuda", dtype=torch.bfloat16)
+    arguments = example(op)
+    refill(arguments, 0)
+    for seed in range(5):
+        x.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+        called(op, arguments)
+        early_reader.copy(x)  # all is compiled
+        torch.cuda.synchronize()
+        product = kernelhub.ops.fused_gemv(x, weight)
+        called(op, arguments)
+        found = early_reader.copy(product)
+        assert torch.equal(found, product), seed
+
+
 def _doubled(value: Any) -> Any:
     """What a graph computes before the op: that is then the graph's own memory."""
     floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point

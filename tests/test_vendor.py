@@ -127,7 +127,8 @@ def test_kernels_of_cuda_alone_compile(source: Path, arch: str, tmp_path: Path) 
 @pytest.mark.parametrize("source", CUDA_ALONE, ids=lambda path: path.name)
 def test_machine_code(source: Path, tmp_path: Path) -> None:
     """With nvcc 13.0 for sm_90a: each kernel's registers and the bytes that it spills are those on
-    record, and no kernel touches memory before it has waited for the work before it.
+    record, and no kernel touches memory, or lets the next one come, before it has waited for the
+    work before it.
 
     `python -m tests.vendor.registers` records them anew.
     """

@@ -19,7 +19,6 @@ struct Slots {
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_slots_kernel(Slots s) {
   await_last();
-  let_next_come();
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < s.count;
        i += step) {

@@ -160,7 +160,6 @@ template <class T, class C, bool kNeox, int kPack>
 __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(Rotation r) {
   const int64_t packs = r.half / kPack;
   await_last();
-  let_next_come();
   for (int64_t t = blockIdx.x; t < r.tokens; t += gridDim.x) {
     const int64_t batch = t / r.tokens_a_batch, token = t - batch * r.tokens_a_batch;
     const int64_t number = row_of(r, batch, token);
@@ -203,7 +202,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) plain_kernel(Plain p) {
                              (in_query ? p.query_head : p.key_head);
   T* head = static_cast<T*>(in_query ? p.query : p.key) + offset;
   await_last();
-  let_next_come();
   Lanes<T, kNeox, kPack> lanes;
   lanes.read(head, 1, p.half, first);
   const int64_t number =

@@ -13,7 +13,6 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(Arguments a) {
   Shared& s = *shared;
   const int64_t sample = blockIdx.x;
   await_last();
-  let_next_come();
   Rules r;
   const int64_t number = row_of(a, sample, &r);
   if (number < 0) {
@@ -31,7 +30,6 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(Arguments a, int bl
   Shared& s = *shared;
   const int64_t sample = blockIdx.x / blocks;
   await_last();
-  let_next_come();
   Rules r;
   const int64_t number = row_of(a, sample, &r);
   if (number < 0) return;
@@ -59,7 +57,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t number = row_of(a, sample, &r);
   if (number >= 0 && threadIdx.x == kThreads - 1) s.random = random_of(a, sample);
   await_last();
-  let_next_come();
   if (number < 0) {
     if (threadIdx.x == 0) answer(a, sample, 0, false);
     return;

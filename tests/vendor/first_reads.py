@@ -1,7 +1,8 @@
-"""What kernels that are brought up early touch before all work before them has ended.
+"""What kernels that are brought up early do before all work before them has ended.
 
-`await_last` says when that is. ptxas keeps the order of ordinary loads, but moves those that it is
-told are of constant data (`ld.global.nc`, `__ldg`) to before it.
+They may not touch memory, nor let the next kernel come. `await_last` says when the work before has
+ended. ptxas keeps the order of ordinary loads, but moves those that it is told are of constant data
+(`ld.global.nc`, `__ldg`) to before it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 _WAIT = "ACQBULK"
-_MEMORY = re.compile(r"(LDG|LD\.|LDGSTS|UTMA|UBLKCP|STG|ST\.|ATOM|RED)")
+_EARLY = re.compile(r"(LDG|LD\.|LDGSTS|UTMA|UBLKCP|STG|ST\.|ATOM|RED|PREEXIT)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?)\s*;")
 
 
@@ -26,7 +27,7 @@ def disassembler() -> str | None:
 
 
 def before_the_wait(cubin: Path) -> dict[str, list[str]]:
-    """By kernel that waits: the instructions before the wait that touch global memory."""
+    """By kernel that waits: the instructions before the wait that should stand after it."""
     tool = disassembler()
     assert tool is not None, "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
     run = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
@@ -36,5 +37,5 @@ def before_the_wait(cubin: Path) -> dict[str, list[str]]:
         wait = next((i for i, each in enumerate(instructions) if each.startswith(_WAIT)), None)
         if wait is not None:
             name = kernel.partition(",")[0]
-            found[name] = [each for each in instructions[:wait] if _MEMORY.match(each)]
+            found[name] = [each for each in instructions[:wait] if _EARLY.match(each)]
     return found

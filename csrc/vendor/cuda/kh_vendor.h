@@ -78,17 +78,13 @@ inline const char* launch_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
-// A kernel that is launched early is brought up while the one before it works: `await_last` comes
-// before it touches memory that others write to. All that runs before `let_next_come` may still run
-// when the next kernel is brought up, which waits in the same way.
-__device__ __forceinline__ void let_next_come() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+// A kernel that is launched early is brought up while the one before it works. It comes to
+// `await_last` before it touches memory, and lets the next kernel be brought up only after that: who
+// follows this kernel may read, without a wait of its own, what kernels before this one wrote, as
+// kernels of torch's Inductor do.
 __device__ __forceinline__ void await_last() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 inline cudaLaunchAttribute before_last_ends() {

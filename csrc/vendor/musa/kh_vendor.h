@@ -118,7 +118,6 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, str
 }
 
 // Kernels follow each other: none is brought up before the last has ended.
-__device__ __forceinline__ void let_next_come() {}
 __device__ __forceinline__ void await_last() {}
 template <class... P, class... A>
 int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,

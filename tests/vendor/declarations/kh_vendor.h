@@ -197,7 +197,6 @@ __host__ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, s
   return 0;
 }
 
-__device__ void let_next_come();
 __device__ void await_last();
 template <class... P, class... A>
 __host__ int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes,
