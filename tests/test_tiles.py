@@ -244,7 +244,7 @@ def test_tiles_of_cuda_alone(tile: str) -> None:
 
 
 def test_tiles_that_a_scheme_has_not() -> None:
-    for scheme, tile in (("fp32", "m16w4"), ("fp32", "s4x2c1"), ("fp8", "d4x2c1")):
+    for scheme, tile in (("fp32", "m16w4"), ("dense", "s4x2c1"), ("fp8", "d4x2c1")):
         name = tiles.shape_class(scheme, 512, 512)
         wrong = pytest.raises(PolicyError, match=f"tile '{tile}' is not for it")
         with wrong, tiles.override({GEMV: {name: tile}}):

@@ -4,7 +4,6 @@
 
 namespace kh::gemv {
 
-int32_t run_stream_dense(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_fp8(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_stream_int4(const Problem& p, const Cut& cut, stream_t stream);
 int32_t run_whole(const Problem& p, stream_t stream);
@@ -33,12 +32,13 @@ int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_
       p.rows * p.weight_scale.row_stride + p.k / kSliceK * p.weight_scale.group_stride >= kFar ||
       p.columns * ceil_div(p.outputs, kTileRows / 2) >= kFar)
     return kNotServed;
-  if (index == kCount) {  // whole rows
-    const bool dense = weight_dtype == p.x_dtype, experts = p.topk_ids.data != nullptr;
-    if (dense) return experts ? run_whole_experts(p, stream) : run_whole(p, stream);
-    if (experts || weight_dtype == KH_FLOAT8_E4M3FN) return kNotServed;
-    return run_whole_int4(p, stream);
+  const bool experts = p.topk_ids.data != nullptr, whole = index == kCount;
+  if (weight_dtype == p.x_dtype) {
+    if (!whole) return kNotServed;
+    return experts ? run_whole_experts(p, stream) : run_whole(p, stream);
   }
+  if (whole)
+    return experts || weight_dtype == KH_FLOAT8_E4M3FN ? kNotServed : run_whole_int4(p, stream);
   const int(&shape)[4] = kShapes[index];
   Cut cut = {};
   cut.warps_n = shape[0];
@@ -46,7 +46,6 @@ int32_t run_stream(const Problem& p, int32_t weight_dtype, int64_t tile, stream_
   cut.cluster = shape[2];
   cut.tiles = shape[3];
   cut.entry_shift = entry_shift;
-  if (weight_dtype == p.x_dtype) return run_stream_dense(p, cut, stream);
   if (weight_dtype == KH_FLOAT8_E4M3FN) return run_stream_fp8(p, cut, stream);
   return run_stream_int4(p, cut, stream);
 }

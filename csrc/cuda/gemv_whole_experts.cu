@@ -4,13 +4,6 @@
 namespace kh::gemv {
 namespace {
 
-template <class T, int kWarps>
-int32_t run_units(const Problem& p, const Whole& cut, stream_t stream) {
-  return cut.units <= kWarps * kLeastUnits
-             ? run_width<T, kWarps, kLeastUnits, kExperts>(p, cut, stream)
-             : run_width<T, kWarps, kMostUnits, kExperts>(p, cut, stream);
-}
-
 template <class T>
 int32_t launch_whole_experts(const Problem& p, stream_t stream) {
   Whole cut = {};
@@ -18,10 +11,10 @@ int32_t launch_whole_experts(const Problem& p, stream_t stream) {
   return in_parts(p, kPlaces / p.slots, [&](const Problem& part) {
     // 8 columns at a time are faster, and few experts have more where each has 4 on average.
     cut.wide = part.columns > 4 * part.num_experts;
-    if (cut.units <= 2 * kMostUnits) return run_units<T, 2>(part, cut, stream);
-    if (cut.units <= 4 * kMostUnits) return run_units<T, 4>(part, cut, stream);
-    if (cut.units <= 8 * kMostUnits) return run_units<T, 8>(part, cut, stream);
-    return run_units<T, kMostWarps>(part, cut, stream);
+    if (cut.units <= 2 * kMostUnits) return run_units<T, 2, kExperts>(part, cut, stream);
+    if (cut.units <= 4 * kMostUnits) return run_units<T, 4, kExperts>(part, cut, stream);
+    if (cut.units <= 8 * kMostUnits) return run_units<T, 8, kExperts>(part, cut, stream);
+    return run_units<T, kMostWarps, kExperts>(part, cut, stream);
   });
 }
 

@@ -44,7 +44,7 @@ _SAMPLING = "top_k_top_p_sampling_from_probs"
 PORTABLE = ("fused_mul_add", "rotary_embedding", _SAMPLING)
 
 
-def _stream(name: str, old: str, new: str, scheme: str = "dense") -> Mutant:
+def _stream(name: str, old: str, new: str, scheme: str = "fp8") -> Mutant:
     return Mutant(name, _STREAM, old, new, ARCH, f"gemv_stream_{scheme}.cu")
 
 
@@ -247,14 +247,13 @@ MUTANTS = (
         "p_.x.data + int64_t{rank_ * cut_.block_units} * F::kUnitK * 2",
         "p_.x.data",
     ),
-    _stream("first-codes-twice", "fp8_pair(T{}, second >> 16)", "fp8_pair(T{}, second)", "fp8"),
-    _stream("odd-columns-not-swapped", "columns ^ kVectorBytes", "columns + kVectorBytes", "fp8"),
-    _stream("odd-places-not-swapped", "to + (vector ^ swap)", "to + vector", "fp8"),
+    _stream("first-codes-twice", "fp8_pair(T{}, second >> 16)", "fp8_pair(T{}, second)"),
+    _stream("odd-columns-not-swapped", "columns ^ kVectorBytes", "columns + kVectorBytes"),
+    _stream("odd-places-not-swapped", "to + (vector ^ swap)", "to + vector"),
     _stream(
         "scale-of-first-group",
         "slice * kSliceK >> p_.group_shift;\n          const uint32_t at = group",
         "0;\n          const uint32_t at = group",
-        "fp8",
     ),
     _stream("zero-7", "zero_[t][h][s] = 8;", "zero_[t][h][s] = 7;", "int4"),
     _stream(
@@ -371,8 +370,8 @@ def _failing_rows() -> str:
 
 
 def _failing_own(tile: str) -> str:
-    classes = [f"{s} n512 k{k}" for s in ("dense", "fp8", "int4") for k in (512, 1024)]
-    classes += [f"{s} {size}" for s in ("dense", "int4") for size in ("n65536 k512", "n1024 k4096")]
+    sizes = ("n512 k512", "n512 k1024", "n65536 k512", "n1024 k4096")
+    classes = [f"{scheme} {size}" for scheme in ("dense", "fp8", "int4") for size in sizes]
     classes += ["dense n512 k8192", "dense n8192 k16384", "dense n16384 k16384"]
     table = {name: tile for name in classes if tiles.fits(name, tile)}
     with tiles.override(dict.fromkeys(_GEMV, table)):
@@ -382,7 +381,7 @@ def _failing_own(tile: str) -> str:
                     outcome = run_case(op, case, "mutant", "cuda")
                     if outcome.status != "passed":
                         return f"{op} {case.name}: {outcome.message}"
-        return _own_shapes() or _many_items()
+        return _own_shapes() or _many_items("dense") or _many_items("fp8")
 
 
 def _own_shapes() -> str:
@@ -390,12 +389,17 @@ def _own_shapes() -> str:
     in steps, by pairs of tiles, one or more to a block, and one by one."""
     made = torch.Generator(device="cuda").manual_seed(0)
     long = (4100, 9344), (8440, 9344), (9000, 9344)
-    for rows, k in ((520, 4096), (1 << 16, 512), *long):
+    for rows, k in ((520, 4096), (520, 2048), (1 << 16, 512), *long):
         weight = torch.randn(rows, k, generator=made, device="cuda") * k**-0.5
         x = torch.randn(3, k, generator=made, device="cuda").bfloat16()
         packed, scale, _ = quantize.quantize_int4(weight, group_size=128, zero_point=False)
-        low_bit = {"weight": packed, "weight_scale": scale.bfloat16()}
-        for scheme, operands in (("dense", {"weight": weight.bfloat16()}), ("int4", low_bit)):
+        codes, in_blocks = quantize.quantize_fp8(weight)
+        schemes = {
+            "dense": {"weight": weight.bfloat16()},
+            "fp8": {"weight": codes, "weight_scale": in_blocks},
+            "int4": {"weight": packed, "weight_scale": scale.bfloat16()},
+        }
+        for scheme, operands in schemes.items():
             room = torch.full((4, rows), 7.0, dtype=torch.bfloat16, device="cuda")
             kernelhub.ops.fused_gemv.on("mutant")(x, **operands, out=room[:3])
             exact = kernelhub.ops.fused_gemv.on("reference")(x, **operands)
@@ -409,7 +413,7 @@ def _own_shapes() -> str:
     return ""
 
 
-def _many_items() -> str:
+def _many_items(scheme: str) -> str:
     """What differs where a block works through several items, which cases are too small for."""
     made = torch.Generator(device="cuda").manual_seed(0)
 
@@ -419,21 +423,34 @@ def _many_items() -> str:
     def far(result: torch.Tensor, exact: torch.Tensor) -> bool:
         return not bool(((result.float() - exact).abs() < exact.std() / 16).all())
 
-    weight, x = normal(1 << 16, 512), normal(33, 512)
-    result = kernelhub.ops.fused_gemv.on("mutant")(x, weight)
-    if far(result, x.float() @ weight.float().T):
-        return "a weight of many rows, 33 rows of x"
-    experts, x = normal(300, 512, 512), normal(40, 8, 512)
+    def weights(*shape: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A weight `[..., N, K]` as an op takes it, and its values."""
+        weight = normal(*shape)
+        if scheme == "dense":
+            return {"weight": weight}, weight.float()
+        codes, scale = quantize.quantize_fp8(weight.flatten(0, -2))
+        values = quantize.dequantize_fp8(codes, scale).view(shape).float()
+        in_blocks = (*shape[:-2], shape[-2] // 128, shape[-1] // 128)
+        return {"weight": codes.view(shape), "weight_scale": scale.view(in_blocks)}, values
+
+    made_of, values = weights(1 << 16, 512)
+    x = normal(33, 512)
+    result = kernelhub.ops.fused_gemv.on("mutant")(x, **made_of)
+    if far(result, x.float() @ values.T):
+        return f"a weight of many rows, 33 rows of x, {scheme}"
+    (experts, values), x = weights(300, 512, 512), normal(40, 8, 512)
+    first = {name: t[:5] for name, t in experts.items()}
     ids = torch.stack([torch.randperm(300, generator=made, device="cuda")[:8] for _ in range(40)])
     few = torch.arange(80, device="cuda").view(40, 2) % 5
     for tokens, chosen in ((1, ids[:1]), (40, ids), (16, few[:16] % 2), (40, few)):
         columns = x[:tokens, : chosen.shape[1]]
-        result = kernelhub.ops.fused_moe_gemv.on("mutant")(columns, experts, chosen)
-        exact = torch.einsum("tsk,tsnk->tsn", columns.float(), experts[chosen].float())
-        shared = kernelhub.ops.fused_moe_gemv.on("mutant")(columns[:, 0], experts[:5], few[:tokens])
-        of_one = torch.einsum("tk,tsnk->tsn", columns[:, 0].float(), experts[few[:tokens]].float())
+        op, ids_of = kernelhub.ops.fused_moe_gemv.on("mutant"), few[:tokens]
+        result = op(columns, topk_ids=chosen, **experts)
+        exact = torch.einsum("tsk,tsnk->tsn", columns.float(), values[chosen])
+        shared = op(columns[:, 0], topk_ids=ids_of, **first)
+        of_one = torch.einsum("tk,tsnk->tsn", columns[:, 0].float(), values[ids_of])
         if far(result, exact) or far(shared, of_one):
-            return f"many items, {tokens} tokens"
+            return f"many items, {tokens} tokens, {scheme}"
     return ""
 
 

@@ -44,7 +44,7 @@ def _kind_of(name: str) -> str:
     parts = _STREAM.search(name)
     assert parts is not None, name
     dtype, scheme, tiles, plain, columns = parts.groups()
-    kind = ("dense", "fp8", "int4")[int(scheme)]
+    kind = ("fp8", "int4")[int(scheme)]
     general = "" if plain == "1" else " general"
     return f"{kind}{general} {dtype}, {tiles} x 16 rows, {columns} x 8 columns"
 

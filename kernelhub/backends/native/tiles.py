@@ -34,9 +34,10 @@ GEMV_TILES = (*_PORTABLE_TILES, *_CUDA_TILES)
 """In the order of csrc/common/gemv.muh and csrc/cuda/gemv_stream.cu. The portable ones by rows of
 the weight to a block: `m` runs on the matrix unit, with `w` warps; `r` does without and takes fp32
 too. CUDA's own, for compute capability 9.0 and 10.x, by warps along rows, warps along K and blocks
-of a cluster: `s` with one tile of 16 rows to a warp, `d`, of int4, with two; `whole`, of 16-bit
-weights and of int4 ones without experts, has whole rows in a block. What they do not serve (another
-K, alignment, group size or dtype of x) runs on the portable tile that `portable` names."""
+of a cluster: `s`, of fp8 and int4, with one tile of 16 rows to a warp, `d`, of int4, with two;
+`whole`, of 16-bit weights and of int4 ones without experts, has whole rows in a block. What they do
+not serve (another K, alignment, group size or dtype of x) runs on the portable tile that `portable`
+names."""
 
 OPS: dict[str, tuple[str, ...]] = {"fused_gemv": GEMV_TILES, "fused_moe_gemv": GEMV_TILES}
 
@@ -73,10 +74,9 @@ def _rounded(size: int) -> int:
 
 
 def fits(name: str, tile: str) -> bool:
-    """Whether a tile serves a class: no fp32 on the matrix unit, `d` int4's alone, `whole` dense's
-    and int4's."""
-    only = {"d": ("int4",), "w": ("dense", "int4")}.get(tile[0], ("",))
-    return name.startswith(only) and not (name.startswith("fp32") and tile[0] in "msdw")
+    """Whether a tile serves a class: no fp32 on the matrix unit; CUDA's own as said above."""
+    only = {"s": ("fp8", "int4"), "d": ("int4",), "w": ("dense", "int4")}.get(tile[0], ("",))
+    return name.startswith(only) and not (name.startswith("fp32") and tile[0] == "m")
 
 
 def tiles_for(name: str, arch: str) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ def _default_stream(op: str, scheme: str, rows: int, k: int) -> str | None:
         if k > 2048:
             return "s4x2c2"
         return "s4x2c1" if k > 1024 else "s4x1c1"
-    if k > 1024 and (scheme == "dense" or (scheme == "int4" and k <= 4096 < rows)):
+    if scheme == "dense" or (scheme == "int4" and 1024 < k <= 4096 < rows):
         return "whole"
     if k > 8192:
         return "s4x4c4" if rows <= 4096 and scheme != "int4" else "s4x2c4"
