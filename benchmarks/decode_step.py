@@ -10,8 +10,9 @@ Variants, interleaved in one process:
 
 - `stock`: transformers' own code; with experts each implementation that a graph can hold.
 - `compiled`: under torch.compile (stock in the mode of `--mode`, kernelhub's in the default mode),
-  captured the same way. Each model and batch has its share of `--compile-seconds` and what others
-  left; what does not fit is left out, and said so.
+  captured the same way; with `--pdl` also `early`, where Inductor's kernels are brought up while
+  those before them work (the option `triton.enable_pdl`). Each model and batch has its
+  share of `--compile-seconds` and what others left; what does not fit is left out, and said so.
 - `kernelhub`: inside `accelerate`; bf16, or int4 and fp8 by `quantize`.
 - `head`: the output layer alone, by either; it is bf16 in every scheme.
 
@@ -144,8 +145,11 @@ class Step:
     def _eager(self) -> None:
         self._logits = self._forward(input_ids=self._ids, **self._options).logits[:, -1]
 
-    def compile(self, mode: str) -> None:
-        self._forward = torch.compile(self._forward, mode=mode, dynamic=False)
+    def compile(self, mode: str, early: bool) -> None:
+        options = dict(torch._inductor.list_mode_options(mode))
+        if early:
+            options["triton.enable_pdl"] = True
+        self._forward = torch.compile(self._forward, options=options, dynamic=False)
 
     def back(self) -> None:
         """To the first position after the context."""
@@ -264,22 +268,23 @@ class Bench:
         """Prepared; those that are compiled last, the ones that matter most first."""
         made = [("stock", *item) for item in self.stock.items()]
         made += [("kernelhub", *item) for item in self.ours.items()]
-        for compiled in (False, True):
+        early = ("compiled, early",) if self.given.pdl else ()
+        for how in ("", "compiled", *early) if compiling.wanted else ("",):
             for who, what, model in made:
-                name = ", ".join(filter(None, (who, what, "compiled" if compiled else "")))
-                variant = Variant(name, what if who == "kernelhub" else "bf16")
-                if compiled and not compiling.wanted:
-                    continue
+                variant = Variant(
+                    ", ".join(filter(None, (who, what, how))),
+                    what if who == "kernelhub" else "bf16",
+                )
                 mode = self.given.mode if who == "stock" else "default"
-                prepare = lambda m=model, c=compiled, o=mode: self._step(m, ids, o if c else "")  # noqa: E731
-                with compiling.counted(variant) if compiled else contextlib.nullcontext():
+                prepare = lambda m=model, h=how, o=mode: self._step(m, ids, h, o)  # noqa: E731
+                with compiling.counted(variant) if how else contextlib.nullcontext():
                     self._try(variant, prepare)
                 yield variant
 
-    def _step(self, model: Any, ids: Tensor, mode: str) -> Step:
+    def _step(self, model: Any, ids: Tensor, how: str, mode: str) -> Step:
         step = Step(model, ids, self.context)
-        if mode:
-            step.compile(mode)
+        if how:
+            step.compile(mode, how.endswith("early"))
         step.prepare()
         return step
 
@@ -416,6 +421,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of stock's compile")
+    parser.add_argument("--pdl", action="store_true", help="compiled kernels brought up early, too")
     parser.add_argument("--compile-seconds", type=float, default=90)
     parser.add_argument(
         "--kernels", action="store_true", help="count and time each kernel of a step"
