@@ -79,9 +79,9 @@ inline const char* launch_error(int code) {
 }
 
 // A kernel that is launched early is brought up while the one before it works. It comes to
-// `await_last` before it touches memory, and lets the next kernel be brought up only after that: who
-// follows this kernel may read, without a wait of its own, what kernels before this one wrote, as
-// kernels of torch's Inductor do.
+// `await_last` before it touches memory, and lets the next kernel be brought up only after that:
+// who follows this kernel may read, without a wait of its own, what kernels before this one wrote,
+// as kernels of torch's Inductor do.
 __device__ __forceinline__ void await_last() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
