@@ -145,10 +145,9 @@ class Step:
     def _eager(self) -> None:
         self._logits = self._forward(input_ids=self._ids, **self._options).logits[:, -1]
 
-    def compile(self, mode: str, early: bool) -> None:
-        options = dict(torch._inductor.list_mode_options(mode))
-        if early:
-            options["triton.enable_pdl"] = True
+    def compile(self, mode: str, options: dict[str, Any]) -> None:
+        """In a mode, with further options of Inductor."""
+        options = torch._inductor.list_mode_options(mode) | options
         self._forward = torch.compile(self._forward, options=options, dynamic=False)
 
     def back(self) -> None:
@@ -268,23 +267,28 @@ class Bench:
         """Prepared; those that are compiled last, the ones that matter most first."""
         made = [("stock", *item) for item in self.stock.items()]
         made += [("kernelhub", *item) for item in self.ours.items()]
-        early = ("compiled, early",) if self.given.pdl else ()
-        for how in ("", "compiled", *early) if compiling.wanted else ("",):
+        ways: dict[str, dict[str, Any] | None] = {"": None}  # options of those that are compiled
+        if compiling.wanted:
+            ways["compiled"] = {}
+            if self.given.pdl:
+                ways["compiled, early"] = {"triton.enable_pdl": True}
+        for how, options in ways.items():
             for who, what, model in made:
                 variant = Variant(
                     ", ".join(filter(None, (who, what, how))),
                     what if who == "kernelhub" else "bf16",
                 )
                 mode = self.given.mode if who == "stock" else "default"
-                prepare = lambda m=model, h=how, o=mode: self._step(m, ids, h, o)  # noqa: E731
-                with compiling.counted(variant) if how else contextlib.nullcontext():
+                prepare = lambda m=model, o=mode, w=options: self._step(m, ids, o, w)  # noqa: E731
+                with contextlib.nullcontext() if options is None else compiling.counted(variant):
                     self._try(variant, prepare)
                 yield variant
 
-    def _step(self, model: Any, ids: Tensor, how: str, mode: str) -> Step:
+    def _step(self, model: Any, ids: Tensor, mode: str, options: dict[str, Any] | None) -> Step:
+        """Compiled where there are options."""
         step = Step(model, ids, self.context)
-        if how:
-            step.compile(mode, how.endswith("early"))
+        if options is not None:
+            step.compile(mode, options)
         step.prepare()
         return step
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import kernelhub
-from kernelhub import quantize, registry
+from kernelhub import registry
 from kernelhub.backends.native import abi, tiles
 from kernelhub.backends.native import top_k_top_p_sampling_from_probs as native_sampling
 from kernelhub.errors import ArgumentError, KernelError
 from kernelhub.testing import run_case
+from tests.operands import operands
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -388,13 +389,7 @@ def test_every_tile_of_cuda_alone_computes_the_op(tile: str, op: str) -> None:
 
 
 def weights(scheme: str, n: int, k: int) -> dict[str, torch.Tensor]:
-    w = torch.randn(n, k, device="cuda") * k**-0.5
-    if scheme == "dense":
-        return {"weight": w.to(torch.bfloat16)}
-    if scheme == "fp8":
-        return dict(zip(("weight", "weight_scale"), quantize.quantize_fp8(w), strict=True))
-    packed, scale, _ = quantize.quantize_int4(w, group_size=128, zero_point=False)
-    return {"weight": packed, "weight_scale": scale.to(torch.bfloat16)}
+    return operands(scheme, torch.randn(n, k, device="cuda") * k**-0.5)
 
 
 @pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])

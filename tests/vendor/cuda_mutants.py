@@ -34,6 +34,7 @@ from kernelhub.backends.native.library import Library
 from kernelhub.backends.native.platform import CUDA, csrc
 from kernelhub.testing import run_case
 from tests.mutants import Mutant
+from tests.operands import operands
 
 ARCH = "sm_90a"
 _STREAM, _WHOLE = "cuda/gemv_stream.muh", "cuda/gemv_whole.muh"
@@ -392,22 +393,16 @@ def _own_shapes() -> str:
     for rows, k in ((520, 4096), (520, 2048), (1 << 16, 512), *long):
         weight = torch.randn(rows, k, generator=made, device="cuda") * k**-0.5
         x = torch.randn(3, k, generator=made, device="cuda").bfloat16()
-        packed, scale, _ = quantize.quantize_int4(weight, group_size=128, zero_point=False)
-        codes, in_blocks = quantize.quantize_fp8(weight)
-        schemes = {
-            "dense": {"weight": weight.bfloat16()},
-            "fp8": {"weight": codes, "weight_scale": in_blocks},
-            "int4": {"weight": packed, "weight_scale": scale.bfloat16()},
-        }
-        for scheme, operands in schemes.items():
+        for scheme in ("dense", "fp8", "int4"):
+            made_of = operands(scheme, weight)
             room = torch.full((4, rows), 7.0, dtype=torch.bfloat16, device="cuda")
-            kernelhub.ops.fused_gemv.on("mutant")(x, **operands, out=room[:3])
-            exact = kernelhub.ops.fused_gemv.on("reference")(x, **operands)
+            kernelhub.ops.fused_gemv.on("mutant")(x, **made_of, out=room[:3])
+            exact = kernelhub.ops.fused_gemv.on("reference")(x, **made_of)
             near = torch.allclose(room[:3].float(), exact.float(), atol=0.1)
             if not near or bool((room[3] != 7).any()):
                 return f"{rows} rows of {k}, {scheme}"
             for _ in range(50):  # what is read before it is there is there most of the time
-                again = kernelhub.ops.fused_gemv.on("mutant")(x, **operands)
+                again = kernelhub.ops.fused_gemv.on("mutant")(x, **made_of)
                 if not torch.equal(again, room[:3]):
                     return f"{rows} rows of {k}, {scheme}, again"
     return ""
@@ -425,13 +420,10 @@ def _many_items(scheme: str) -> str:
 
     def weights(*shape: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """A weight `[..., N, K]` as an op takes it, and its values."""
-        weight = normal(*shape)
+        made_of = operands(scheme, normal(*shape))
         if scheme == "dense":
-            return {"weight": weight}, weight.float()
-        codes, scale = quantize.quantize_fp8(weight.flatten(0, -2))
-        values = quantize.dequantize_fp8(codes, scale).view(shape).float()
-        in_blocks = (*shape[:-2], shape[-2] // 128, shape[-1] // 128)
-        return {"weight": codes.view(shape), "weight_scale": scale.view(in_blocks)}, values
+            return made_of, made_of["weight"].float()
+        return made_of, quantize.dequantize_fp8(made_of["weight"], made_of["weight_scale"])
 
     made_of, values = weights(1 << 16, 512)
     x = normal(33, 512)
