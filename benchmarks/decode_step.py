@@ -10,9 +10,10 @@ Variants, interleaved in one process:
 
 - `stock`: transformers' own code; with experts each implementation that a graph can hold.
 - `compiled`: under torch.compile (stock in the mode of `--mode`, kernelhub's in the default mode),
-  captured the same way; with `--pdl` also `early`, where Inductor's kernels are brought up while
-  those before them work (the option `triton.enable_pdl`). Each model and batch has its
-  share of `--compile-seconds` and what others left; what does not fit is left out, and said so.
+  captured the same way. Further ways by `--way`: `early`, where Inductor's kernels are brought up
+  while those before them work (`triton.enable_pdl`), and `combined`, early and small kernels that
+  do not depend on each other as one (`combo_kernels`). Each model and batch has its share of
+  `--compile-seconds` and what others left; what does not fit is left out, and said so.
 - `kernelhub`: inside `accelerate`; bf16, or int4 and fp8 by `quantize`.
 - `head`: the output layer alone, by either; it is bf16 in every scheme.
 
@@ -64,6 +65,14 @@ TRIALS = 8
 LIMIT = 0.05
 """Median error of a row's logits, as a share of its largest, above which a step is wrong."""
 SCHEMES = ("bf16", "fp8", "int4")
+EXPERTS = ("batched_mm", "grouped_mm")  # stock's that a graph can hold
+EARLY = {"triton.enable_pdl": True}
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": {},
+    "early": EARLY,
+    "combined": EARLY | {"combo_kernels": True},
+}
+"""Options of Inductor."""
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -246,7 +255,7 @@ class Bench:
         self.context = 16 if given.tiny else CONTEXT
         self._undo = contextlib.ExitStack()
         self.stock, self.ours, self.truths = {}, {}, {}  # type: ignore[var-annotated]
-        for implementation in ("batched_mm", "grouped_mm") if sizes.experts else ("",):
+        for implementation in (given.experts or EXPERTS) if sizes.experts else ("",):
             self.stock[implementation] = make(sizes, self.device)
             if implementation:
                 self.stock[implementation].set_experts_implementation(implementation)
@@ -267,28 +276,23 @@ class Bench:
         """Prepared; those that are compiled last, the ones that matter most first."""
         made = [("stock", *item) for item in self.stock.items()]
         made += [("kernelhub", *item) for item in self.ours.items()]
-        ways: dict[str, dict[str, Any] | None] = {"": None}  # options of those that are compiled
-        if compiling.wanted:
-            ways["compiled"] = {}
-            if self.given.pdl:
-                ways["compiled, early"] = {"triton.enable_pdl": True}
-        for how, options in ways.items():
+        ways = ["", *(self.given.way or ["compiled"] if compiling.wanted else [])]
+        for way in ways:
             for who, what, model in made:
                 variant = Variant(
-                    ", ".join(filter(None, (who, what, how))),
+                    ", ".join(filter(None, (who, what, way))),
                     what if who == "kernelhub" else "bf16",
                 )
                 mode = self.given.mode if who == "stock" else "default"
-                prepare = lambda m=model, o=mode, w=options: self._step(m, ids, o, w)  # noqa: E731
-                with contextlib.nullcontext() if options is None else compiling.counted(variant):
+                prepare = lambda m=model, w=way, o=mode: self._step(m, ids, w, o)  # noqa: E731
+                with compiling.counted(variant) if way else contextlib.nullcontext():
                     self._try(variant, prepare)
                 yield variant
 
-    def _step(self, model: Any, ids: Tensor, mode: str, options: dict[str, Any] | None) -> Step:
-        """Compiled where there are options."""
+    def _step(self, model: Any, ids: Tensor, way: str, mode: str) -> Step:
         step = Step(model, ids, self.context)
-        if options is not None:
-            step.compile(mode, options)
+        if way:
+            step.compile(mode, WAYS[way])
         step.prepare()
         return step
 
@@ -425,7 +429,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of stock's compile")
-    parser.add_argument("--pdl", action="store_true", help="compiled kernels brought up early, too")
+    parser.add_argument("--way", action="append", choices=WAYS, help="compiled if not given")
+    parser.add_argument("--experts", action="append", choices=EXPERTS, help="stock's, if not both")
     parser.add_argument("--compile-seconds", type=float, default=90)
     parser.add_argument(
         "--kernels", action="store_true", help="count and time each kernel of a step"

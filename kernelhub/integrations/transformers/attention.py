@@ -169,7 +169,10 @@ def rotary(
 
     q and k `[batch, heads, seq, D]`; cos and sin `[batch or 1, seq, D]`, both halves alike. The
     interleaved form comes and goes as the family has it: in as pairs, out as halves.
+    torch.compile makes one kernel of the model's code and of what stands before and after it.
     """
+    if torch.compiler.is_compiling():
+        return patch.stock(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return]
     users: tuple[Any, ...] = getattr(_inside, "users", ())
     unsqueeze_dim = kwargs.get("unsqueeze_dim", 1)
     why, counted, place = "", layers.censuses_of(users), "rotary"

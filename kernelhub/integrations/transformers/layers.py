@@ -207,15 +207,50 @@ def router(
         ran_stock(counted, "fused_gemv", place, why)
         return patch.stock(hidden_states)  # type: ignore[no-any-return]
     logits: Tensor = run(counted, "fused_gemv", place, x, gate.weight)
-    if getattr(gate, "norm_topk_prob", True):  # Mixtral, which has no choice, divides
-        chosen, ids = logits.topk(gate.top_k, dim=-1, sorted=False)
-        weights = torch.softmax(chosen, -1, dtype=torch.float32)
-    else:
-        weights = torch.softmax(logits, -1, dtype=torch.float32)
-        weights, ids = weights.topk(gate.top_k, dim=-1, sorted=False)
+    divided = getattr(gate, "norm_topk_prob", True)  # Mixtral, which has no choice, divides
+    weights, ids = choose(logits, gate.top_k, divided)
     if hasattr(gate, "norm_topk_prob"):  # Qwen3-MoE rounds, Mixtral does not
         weights = weights.to(logits.dtype)
     return logits, weights, ids
+
+
+_COMPARED = 512
+"""Experts, up to which comparing each with each is the faster way under torch.compile."""
+
+
+def choose(logits: Tensor, k: int, divided: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `[M, E]`: shares by softmax, in fp32, and ids, `[M, k]`.
+
+    Shares of all E, or, `divided` by their sum, of those chosen. NaN makes all shares NaN.
+    """
+    if torch.compiler.is_compiling() and logits.shape[-1] <= _COMPARED:
+        return _choose_by_rank(logits.float(), k, divided)
+    if divided:
+        chosen, ids = logits.topk(k, dim=-1, sorted=False)
+        return torch.softmax(chosen, -1, dtype=torch.float32), ids
+    shares = torch.softmax(logits, -1, dtype=torch.float32)
+    chosen, ids = shares.topk(k, dim=-1, sorted=False)
+    return chosen, ids
+
+
+def _choose_by_rank(x: Tensor, k: int, divided: bool) -> tuple[Tensor, Tensor]:
+    """In two kernels of torch.compile, of a reduction each: `topk` and a softmax are three.
+
+    What one kernel is to compute has one shape here, where it need not, too: `[M, E, E]` and
+    `[M, k, E]`, summed over the last dimension.
+    """
+    m, size = x.shape
+    places = torch.arange(size, device=x.device)
+    keys = torch.where(x.isnan(), float("inf"), x)
+    others, own = keys[:, None, :].expand(m, size, size), keys[:, :, None]
+    ahead = (others > own) | ((others == own) & (places < places[:, None]))
+    rank = ahead.sum(-1, dtype=torch.int32)  # 0 to E - 1, each once
+    share = torch.exp(x - others.amax(-1))
+    at = rank[:, None, :] == places[:k, None]
+    of = torch.where(rank < k, share, 0.0) if divided else share
+    total = of[:, None, :].expand(m, k, size).sum(-1)
+    chosen = torch.where(at, share[:, None, :], 0.0).sum(-1)
+    return chosen / total, torch.where(at, places, 0).sum(-1)
 
 
 def experts(
