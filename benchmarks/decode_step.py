@@ -20,6 +20,7 @@ Variants, interleaved in one process:
 Each variant's logits are held to those of stock, eager, for other tokens than the timed ones; int4
 and fp8 to stock with the dequantised weights. A router's near tie, decided otherwise, moves a row
 by a whole expert: so the median of the rows is what may not be off, and the largest is told too.
+Each step is taken twice with the same tokens; where the two differ in a bit, that is told.
 No inputs rotate: the weights of a step exceed the L2 cache several times with the output layer.
 """
 
@@ -239,6 +240,7 @@ class Variant:
     step: Step | None = None
     failure: str = ""
     errors: list[float] = attrs.field(factory=list)
+    repeats: bool = True
     kernels: dict[str, tuple[int, float]] = attrs.field(factory=dict)
 
     @property
@@ -313,9 +315,10 @@ class Bench:
             expected = {scheme: truth.logits() for scheme, truth in truths.items()}
             for variant in variants:
                 if variant.step is not None:
-                    truth = expected[variant.of]
-                    off = (variant.step.logits() - truth).abs().amax(-1) / truth.abs().amax(-1)
+                    truth, logits = expected[variant.of], variant.step.logits()
+                    off = (logits - truth).abs().amax(-1) / truth.abs().amax(-1)
                     variant.errors += off.tolist()
+                    variant.repeats &= torch.equal(variant.step.logits(), logits)
         ids.copy_(before)
         for variant in variants:
             off = statistics.median(variant.errors or [0.0])
@@ -374,6 +377,7 @@ class Bench:
                     row |= {"best_stock": best, "ratio": ratio(timings[v.name], timings[best])}
             if v.errors:
                 row |= {"error": statistics.median(v.errors), "largest_error": max(v.errors)}
+                row["repeats"] = v.repeats
             if v.kernels:
                 row["kernels"] = v.kernels
             if v.failure:
@@ -413,7 +417,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         count = (
             f"{sum(n for n, _ in row['kernels'].values()):4} kernels" if "kernels" in row else ""
         )
-        mark = "  the better stock" if row.get("best_stock") == row["variant"] else ""
+        mark = "" if row.get("repeats", True) else "  not the same twice"
+        mark += "  the better stock" if row.get("best_stock") == row["variant"] else ""
         us = f"{row['us']:9.1f} ±{row['spread_us']:5.1f}"
         print(f"{start}{us} {share}  {error:<16} {count}{mark}", flush=True)
 

@@ -425,3 +425,33 @@ def test_a_graph_multiplies_anew(scheme: str) -> None:
         graph.replay()
         assert torch.equal(y, gemv(x, **made))
         assert torch.equal(z, moe(x, topk_ids=ids, **experts))
+
+
+@pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
+def test_a_chain_of_products_repeats_bit_for_bit(scheme: str) -> None:
+    """Eight rows through a layer and 64 places of experts: each kernel comes up beside the last."""
+
+    def made(*shape: int) -> dict[str, torch.Tensor]:
+        return operands(scheme, torch.randn(shape, device="cuda") * shape[-1] ** -0.5)
+
+    square, gate_up, down = made(2048, 2048), made(128, 1536, 2048), made(128, 2048, 768)
+    x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
+    ids = torch.rand(8, 128, device="cuda").argsort(-1)[:, :8].contiguous()
+    shares = torch.rand(8, 8, device="cuda")
+    gemv, moe = (kernelhub.op(op).on("cuda") for op in tiles.OPS)
+
+    def chain() -> torch.Tensor:
+        y = x
+        for _ in range(3):
+            h = moe(gemv(y, **square), topk_ids=ids, activation="swiglu", **gate_up)
+            y = moe(h, topk_ids=ids, topk_weights=shares, reduce=True, **down)
+        return y
+
+    expected = chain()
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for _ in range(200):
+        graph.replay()
+        assert torch.equal(y, expected)

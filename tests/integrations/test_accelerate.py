@@ -12,7 +12,7 @@ import torch
 
 import kernelhub
 from kernelhub.errors import ArgumentError, BackendUnavailable
-from kernelhub.integrations.transformers import Census, accelerate
+from kernelhub.integrations.transformers import Census, accelerate, attention
 from tests.integrations.models import FAMILIES, make, say
 
 # What a logit may be off, as a share of the largest. In fp32 sums in another order; in bf16
@@ -358,3 +358,20 @@ def test_other_models_are_refused() -> None:
     for model in (torch.nn.Linear(3, 3), "llama", None):
         with pytest.raises(ArgumentError, match=r"accelerate: argument 'model'.*llama, qwen2"):
             accelerate(model)
+
+
+def test_grouped_attention_is_not_for_deterministic_algorithms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch leaves cuDNN's out where they are asked for, but not where it is to warn only."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    device, found = torch.device("cuda"), []
+    try:
+        for strict, warn_only in ((False, False), (True, True), (True, False)):
+            torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+            found.append(attention._knows_groups(device, torch.bfloat16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [True, True, False]
+    assert not attention._knows_groups(device, torch.float32)

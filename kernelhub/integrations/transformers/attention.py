@@ -258,13 +258,19 @@ def decode(
 def _knows_groups(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch chooses cuDNN, which takes several heads for a key as they are.
 
-    Given one query a head it splits the keys among blocks.
+    Given one query a head it splits the keys among blocks. It is not for those who ask for
+    deterministic algorithms, says torch.
     """
+    strict = (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device)[0] in (9, 10)
         and torch.backends.cuda.cudnn_sdp_enabled()
+        and not strict
     )
 
 
