@@ -75,7 +75,8 @@ def accelerate(model: Any, *, census: Census | None = None, frozen: bool = False
 
     What runs through which op, on the backend that kernelhub chooses for each call:
 
-    - `rotary_embedding`: the family's rotary function, any number of tokens;
+    - `rotary_embedding`: the family's rotary function, any number of tokens, but under
+      torch.compile, which fuses the model's own code;
     - `fused_gemv`: each `nn.Linear` and the product of a router by softmax; in one call query, key
       and value, and in one with SwiGLU gate and up of an MLP; where a call has at most 16 rows;
     - `fused_moe_gemv`: the experts, gate-up with SwiGLU and down with weights and sum, where a call
