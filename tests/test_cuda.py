@@ -388,8 +388,8 @@ def test_every_tile_of_cuda_alone_computes_the_op(tile: str, op: str) -> None:
     assert ran > 10
 
 
-def weights(scheme: str, n: int, k: int) -> dict[str, torch.Tensor]:
-    return operands(scheme, torch.randn(n, k, device="cuda") * k**-0.5)
+def weights(scheme: str, *shape: int) -> dict[str, torch.Tensor]:
+    return operands(scheme, torch.randn(shape, device="cuda") * shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
@@ -430,11 +430,8 @@ def test_a_graph_multiplies_anew(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["dense", "fp8", "int4"])
 def test_a_chain_of_products_repeats_bit_for_bit(scheme: str) -> None:
     """Eight rows through a layer and 64 places of experts: each kernel comes up beside the last."""
-
-    def made(*shape: int) -> dict[str, torch.Tensor]:
-        return operands(scheme, torch.randn(shape, device="cuda") * shape[-1] ** -0.5)
-
-    square, gate_up, down = made(2048, 2048), made(128, 1536, 2048), made(128, 2048, 768)
+    square = weights(scheme, 2048, 2048)
+    gate_up, down = weights(scheme, 128, 1536, 2048), weights(scheme, 128, 2048, 768)
     x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
     ids = torch.rand(8, 128, device="cuda").argsort(-1)[:, :8].contiguous()
     shares = torch.rand(8, 8, device="cuda")

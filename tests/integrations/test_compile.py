@@ -125,7 +125,7 @@ def test_entering_and_leaving_are_seen(family: str) -> None:
     assert not ops
     with accelerate(model):
         inside = run(IDS).logits
-        assert ops["fused_gemv"] == 2 * (4 + 3) + 1
+        assert ops["fused_gemv"] == OPS["llama"]["fused_gemv"]  # as many as Qwen3 has
         eager = model(IDS).logits
     assert torch.equal(run(IDS).logits, stock)
     torch.testing.assert_close(inside, eager, rtol=1e-4, atol=1e-5)
@@ -178,7 +178,7 @@ def test_the_policy_is_the_callers() -> None:
 def test_choice_of_experts(dtype: torch.dtype, divided: bool) -> None:
     """By ranks in a graph, by topk outside: ties, infinities and NaN, too."""
     torch.manual_seed(0)
-    compiled = torch.compile(layers.choose, fullgraph=True, backend="aot_eager")
+    in_a_graph = torch.compile(layers.choose, fullgraph=True, backend="aot_eager")
     logits = torch.randn(8, 60).to(dtype)
     logits[0, 7] = -float("inf")
     logits[1] = 0.5
@@ -187,7 +187,7 @@ def test_choice_of_experts(dtype: torch.dtype, divided: bool) -> None:
     logits[4, 9] = float("inf")
     logits[5, 3:] = -float("inf")
     for k in (1, 6, 60):
-        shares, ids = compiled(logits, k, divided)
+        shares, ids = in_a_graph(logits, k, divided)
         expected, _ = layers.choose(logits, k, divided)
         chosen = logits.gather(1, ids).float().nan_to_num(2e38, 1e38, -1e38).sort().values
         largest = logits.topk(k).values.float().nan_to_num(2e38, 1e38, -1e38).sort().values

@@ -261,16 +261,12 @@ def _knows_groups(device: torch.device, dtype: torch.dtype) -> bool:
     Given one query a head it splits the keys among blocks. It is not for those who ask for
     deterministic algorithms, says torch.
     """
-    strict = (
-        torch.are_deterministic_algorithms_enabled()
-        and not torch.is_deterministic_algorithms_warn_only_enabled()
-    )
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device)[0] in (9, 10)
         and torch.backends.cuda.cudnn_sdp_enabled()
-        and not strict
+        and torch.get_deterministic_debug_mode() < 2  # an error, not a warning alone
     )
 
 
