@@ -57,17 +57,12 @@ RACES = (
     ),
     *("fused_gemv/*-k257*", "fused_gemv/*-k129*", "fused_gemv/*-m1", "fused_gemv/int4-g32-*"),
     *("fused_gemv/dense-norm", "fused_moe_gemv/*n9-k257", "fused_moe_gemv/int4-n9-k514"),
-    *("fused_moe_gemv/every-code-*", "fused_moe_gemv/ids-masked-*-shared"),
-    "fused_moe_gemv/ids-duplicates-reduce-swiglu",
+    *("fused_moe_gemv/ids-masked-*-shared", "fused_moe_gemv/ids-duplicates-reduce-swiglu"),
     "top_k_top_p_sampling_from_probs/misaligned-*",
     "top_k_top_p_sampling_from_probs/token-is-target-v129",
 )
-# What does without shared memory and warps runs at one width, and of two cases of one code that
-# take minutes each there is one at each.
-RACES_LEFT_OUT = {
-    32: ("!fused_moe_gemv/every-code-fp8",),
-    128: ("!rotary_embedding/*", "!fused_mul_add/*", "!fused_moe_gemv/every-code-w8a8"),
-}
+# What does without shared memory and warps runs at one width.
+RACES_LEFT_OUT = {32: (), 128: ("!rotary_embedding/*", "!fused_mul_add/*")}
 # Under AddressSanitizer these take long, and at one of the widths they do: filters and scales of
 # each kind, the layers of models, and the whole slices of K that CUDA's own kernels are for.
 LEFT_OUT = {
@@ -120,7 +115,7 @@ def orders(everything: bool) -> Iterator[Lane]:
 
 
 def lanes(everything: bool) -> Iterator[Lane]:
-    more = ("rotary_embedding/*", "fused_mul_add/*", "*/long-rows-joint")
+    more = ("rotary_embedding/*", "fused_mul_add/*", "*/every-code-*", "*/long-rows-joint")
     # A race of two GPU threads is a data race; exit code 66 fails the lane.
     quiet = "report_signal_unsafe=0:ignore_noninstrumented_modules=1"
     watched = (("libtsan.so",), {"TSAN_OPTIONS": f"exitcode=66:{quiet}"})

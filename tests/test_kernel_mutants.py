@@ -105,14 +105,17 @@ def object_of(source: Path, arch: str) -> str:
     return str(build.build(alone, arch))
 
 
-def failing_case(op: str, library: Path, arch: str, only: str = "") -> str:
-    """The first of the op's cases, or `only` that one, that a library fails or crashes in."""
+def failing_case(op: str, library: Path, arch: str, first: str = "", only: str = "") -> str:
+    """The first of the op's cases that a library fails or crashes in; "" where there is none.
+
+    `first` comes before the others; with `only` there is no other.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         try:
-            _run_cases(op, library, arch, only, writing)
+            _run_cases(op, library, arch, first, only, writing)
             os._exit(0)
         finally:
             os._exit(1)
@@ -124,13 +127,14 @@ def failing_case(op: str, library: Path, arch: str, only: str = "") -> str:
     return "" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else begun[-1]
 
 
-def _run_cases(op: str, path: Path, arch: str, only: str, writing: int) -> None:
+def _run_cases(op: str, path: Path, arch: str, first: str, only: str, writing: int) -> None:
     """Write the name of each case before it is run; end the process where one fails."""
     kernels = Kernels(ALIGNED, "cpu", lambda device: arch, lambda index: 0)
     kernels._libraries[arch] = Library(path, "simt")
     made = kernels.implementations((op,))
     registry.add_backend(Backend("mutant", made, device_types=("cpu",), automatic=False))
-    for case in sorted(registry.spec(op).cases(), key=lambda case: case.kind == "typical"):
+    cases = registry.spec(op).cases()
+    for case in sorted(cases, key=lambda case: (case.name != first, case.kind == "typical")):
         if only in ("", case.name):
             os.write(writing, f"{case.name}\n".encode())
             if run_case(op, case, "mutant").status == "failed":
@@ -146,12 +150,14 @@ def test_every_fault_has_its_place(op: str) -> None:
     assert {key for key, times in found.items() if times != 1} == set()
     sources = {source.name for source in ALIGNED.sources()}
     assert {m.only for m in all_mutants_of(op)} <= {"", *sources}
+    cases = {case.name for case in registry.spec(op).cases()}
+    assert {m.case for m in all_mutants_of(op)} <= {"", *cases}
 
 
 @pytest.mark.parametrize(("op", "mutant"), MUTANTS, ids=_IDS)
 def test_mutant_is_caught(op: str, mutant: Mutant, tmp_path: Path) -> None:
     library = build.build(mutated(mutant, tmp_path), mutant.arch, tmp_path / "library")
-    case = failing_case(op, library, mutant.arch)
+    case = failing_case(op, library, mutant.arch, first=mutant.case)
     assert case, "every case passes"
     sound = compiling([csrc() / "musa" / "library.mu"], csrc(), mutant.arch)
     assert not failing_case(op, build.build(sound, mutant.arch), mutant.arch, only=case), (

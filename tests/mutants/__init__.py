@@ -11,7 +11,8 @@ class Mutant:
 
     `module` is a Python module, or for a kernel a file below `csrc`, whose emulator has warps as
     `arch` says: some code is for one width alone. A fault in a header is compiled into all sources
-    that read it, or into `only` one that uses it, which is quicker.
+    that read it, or into `only` one that uses it, which is quicker. `case` names one that catches
+    it and comes first, where others would take long before.
     """
 
     name: str
@@ -20,3 +21,4 @@ class Mutant:
     new: str
     arch: str = "warp32"
     only: str = ""
+    case: str = ""

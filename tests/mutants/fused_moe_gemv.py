@@ -118,6 +118,7 @@ KERNEL_MUTANTS = (
         "c.expert_stride % access != 0 ||",
         "",
         only=_LAUNCHER,
+        case="apart-dense",
     ),
     Mutant("x-of-slots-by-token", _SUM, "a.x_per_slot ? static_cast<int32_t>(slots) : 1;", "1;"),
     # Ids.
@@ -135,6 +136,7 @@ KERNEL_MUTANTS = (
         "at.slot * p.topk_ids.group_stride",
         "at.slot",
         only=_DENSE,
+        case="transposed-dense",
     ),
     Mutant("negative-ids-read", _MATRIX, "found.expert >= 0 && ", "", only=_DENSE),
     Mutant(

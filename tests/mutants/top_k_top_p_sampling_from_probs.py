@@ -73,8 +73,8 @@ MUTANTS = (
 _KERNELS = "top_k_top_p_sampling_from_probs.mu"
 
 
-def _fault(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "common/sampling.muh", old, new, only=_KERNELS)
+def _fault(name: str, old: str, new: str, case: str = "") -> Mutant:
+    return Mutant(name, "common/sampling.muh", old, new, only=_KERNELS, case=case)
 
 
 def _in_kernel(name: str, old: str, new: str) -> Mutant:
@@ -105,6 +105,7 @@ KERNEL_MUTANTS = (
         "low-word-rounded",
         "add_toward_zero(__uint_as_float(kLowZero), rest)",
         "__fadd_rn(__uint_as_float(kLowZero), rest)",
+        case="masses-are-cut",
     ),
     _fault(
         "zeros-counted-as-one",
@@ -138,6 +139,7 @@ KERNEL_MUTANTS = (
         "one-in-packs-above-one-lost",
         "if (has_mass(bits)) use(bits);",
         "if (has_mass(bits) && bits > kOne) use(bits);",
+        case="least-of-min-p-beside-two",
     ),
     _fault("bracket-s-edge-not-above", "if (bits >= plan.high) {", "if (bits > plan.high) {"),
     _fault(
@@ -170,6 +172,7 @@ KERNEL_MUTANTS = (
         "group-s-last-step-left-out",
         "step < end && step < slice.steps; ++step) {",
         "step < end && step < slice.steps - (step > 0); ++step) {",
+        case="hidden-many",
     ),
     _fault(
         "group-s-first-packs-alone",
@@ -232,6 +235,7 @@ KERNEL_MUTANTS = (
         "ties-not-flushed",
         "if (neighbours > 0) add();\n    __syncthreads();",
         "__syncthreads();",
+        case="crowded-top_k_first",
     ),
     _fault(
         "highest-limb-lost",
@@ -258,7 +262,12 @@ KERNEL_MUTANTS = (
     _fault("token-one-early", "if (one > left) {", "if (one >= left) {"),
     _fault("philox-of-nine-rounds", "round < 10", "round < 9"),
     _fault("target-without-carry", "(middle >> 32) + (other >> 32)", "(middle >> 32)"),
-    _fault("lead-forgotten", "(own + k) * kPack - row.lead + i", "(own + k) * kPack + i"),
+    _fault(
+        "lead-forgotten",
+        "(own + k) * kPack - row.lead + i",
+        "(own + k) * kPack + i",
+        case="zero-mass-tokens",
+    ),
     # Rows that blocks share.
     _in_kernel(
         "other-blocks-lists-lost",
