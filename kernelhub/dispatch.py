@@ -99,6 +99,13 @@ class Ranking:
                 return entry
         return None
 
+    def falls_back(self, backend: str | None) -> bool:
+        """Whether it is the reference, on an accelerator, and was not what was named first."""
+        choice = self.wish.choice
+        asked_for = choice is not None and choice.names[0] == registry.REFERENCE
+        on_host = self.device.type in _HOST_DEVICES
+        return backend == registry.REFERENCE and not on_host and not asked_for
+
     def selection(self, args: Args) -> Selection:
         candidates, chosen = [], None
         for ranked in self.ranked:
@@ -394,10 +401,7 @@ class Table:
         if entry is None:
             raise BackendUnavailable(str(ranking.selection(call)))
         device = ranking.device
-        on_accelerator = device.type not in _HOST_DEVICES
-        choice = ranking.wish.choice
-        asked_for = choice is not None and choice.names[0] == registry.REFERENCE
-        if entry.backend.name == registry.REFERENCE and on_accelerator and not asked_for:
+        if ranking.falls_back(entry.backend.name):
             self._fell_back(ranking, call, stacklevel)
         elif (entry.name, str(device)) not in self._told:
             self._told.add((entry.name, str(device)))

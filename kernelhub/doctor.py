@@ -382,10 +382,17 @@ def _tiles(text: str) -> None:
     tiles.read(text.strip())
 
 
+def _engine_ops(text: str) -> None:
+    from kernelhub.integrations import engines
+
+    engines.asked(text)
+
+
 _VARIABLES: dict[str, Callable[[str], Any]] = {
     policy.BACKEND_VARIABLE: _rules,
     policy.FALLBACK_VARIABLE: grammar.parse_fallback,
     "KERNELHUB_CACHE_DIR": _cache_dir,
+    "KERNELHUB_ENGINE_OPS": _engine_ops,
     "KERNELHUB_LIBRARY_PATH": _library_path,
     "KERNELHUB_SIMT": _emulator,
     "KERNELHUB_TILES": _tiles,

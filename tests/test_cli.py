@@ -204,6 +204,7 @@ class TestDoctor:
             ("KERNELHUB_BACKEND", "refrence", "did you mean 'reference'?"),
             ("KERNELHUB_BACKEND", "fused_gem=reference", "did you mean 'fused_gemv'?"),
             ("KERNELHUB_FALLBACK", "warm", "did you mean 'warn'?"),
+            ("KERNELHUB_ENGINE_OPS", "fused_gem", "did you mean 'fused_gemv'?"),
         ],
     )
     def test_malformed_environment(self, name: str, value: str, said: str) -> None:
@@ -221,9 +222,10 @@ class TestDoctor:
         assert [p.split(":")[0] for p in problems] == list(env)
 
     def test_well_formed_environment(self) -> None:
-        report = run_json("doctor", env={"KERNELHUB_BACKEND": "-musa", "KERNELHUB_BACKED": "x"})
+        env = {"KERNELHUB_BACKEND": "-musa", "KERNELHUB_BACKED": "x", "KERNELHUB_ENGINE_OPS": "*"}
+        report = run_json("doctor", env=env)
         notes = {v["name"]: v["note"] for v in report["environment"]}
-        assert notes["KERNELHUB_BACKEND"] == ""
+        assert notes["KERNELHUB_BACKEND"] == notes["KERNELHUB_ENGINE_OPS"] == ""
         assert "did you mean 'KERNELHUB_BACKEND'?" in notes["KERNELHUB_BACKED"]
 
     def test_environment_that_nothing_can_meet(self, add: Any) -> None:
@@ -313,6 +315,19 @@ class TestExplain:
         env = {"KERNELHUB_FALLBACK": mode}
         found = self.explain(
             "fused_gemv", "--device", "musa", *GEMV, "--backend", "-musa", code=code, env=env
+        )
+        assert found["chosen"] == "reference"
+        assert found["fallback"] == mode
+
+    @pytest.mark.parametrize(
+        ("rules", "mode"), [("reference,auto", None), ("cuda,reference", "error")]
+    )
+    def test_the_reference_named_first_is_no_fallback(self, rules: str, mode: str | None) -> None:
+        env = {"KERNELHUB_FALLBACK": "error"}
+        found = self.explain(
+            *("fused_gemv", "--device", "cuda", *GEMV, "--backend", rules),
+            code=1 if mode else 0,
+            env=env,
         )
         assert found["chosen"] == "reference"
         assert found["fallback"] == mode
@@ -454,6 +469,16 @@ class TestCheck:
         assert "only fp32 is done" in run(*arguments, "--verbose").output
         nothing = run(*self.ONE, "--backend", "picky", "--case", "tail-*-bfloat16", code=1)
         assert "no case ran" in nothing.output
+
+    def test_a_backend_that_declines_every_good_case_has_been_held_to_nothing(
+        self, add: Any
+    ) -> None:
+        add(backend("idle", rejects=lambda args: ["not today"]))
+        report = run_json(*self.ONE, "--backend", "idle", "--backend", "reference", code=1)
+        assert report["problems"] == ["idle declines every case of fused_mul_add"]
+        (idle,) = (r for r in report["results"] if r["backend"] == "idle")
+        assert idle["passed"] > 0, "of bad input, which the op itself refuses"
+        run(*self.ONE, "--backend", "idle", "--backend", "reference", "--case", "tail-1-*")
 
     def test_a_named_backend_that_cannot_be_used(self, add: Any) -> None:
         add(backend("acme", probe=lambda device: ["no driver"]))

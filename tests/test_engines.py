@@ -92,7 +92,7 @@ def test_an_unknown_op_and_one_without_a_place(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(engines.VARIABLE, "fused_gemm")
-    with pytest.raises(PolicyError, match="KERNELHUB_ENGINE_OPS=fused_gemm: no op matches "):
+    with pytest.raises(PolicyError, match="KERNELHUB_ENGINE_OPS: no op matches 'fused_gemm'; "):
         engines.chosen("vLLM", vllm.OPS)
     monkeypatch.setenv(engines.VARIABLE, "fused_mul_add,fused_gemv")
     assert engines.chosen("vLLM", vllm.OPS) == ["fused_gemv"]

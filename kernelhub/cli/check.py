@@ -44,6 +44,13 @@ class Pair:
         return sum(outcome.status == status for outcome in self.outcomes)
 
     @property
+    def held_to_nothing(self) -> bool:
+        """Whether all cases of the op were here, and the backend declined every good one."""
+        whole = len(self.cases) == len(tuple(registry.spec(self.op).cases()))
+        tried = zip(self.cases, self.outcomes, strict=True)
+        return whole and all(o.status == "declined" for case, o in tried if case.error is None)
+
+    @property
     def failures(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.status == "failed"]
 
@@ -99,7 +106,7 @@ def command(
 
     The backends are those that may be chosen automatically and can be used on the device, or those
     named, whatever KERNELHUB_BACKEND says. Exits with 1 where a case failed, a named backend cannot
-    be used, or no case ran.
+    be used, no case ran, or a backend declines every good case of an op.
     """
     if report_path is not None:
         need_folder(report_path)
@@ -171,6 +178,7 @@ def _to_dict(
     problems += [f"{failed} of {ran} cases failed"] if failed else []
     problems += [f"backend {name}: {'; '.join(why)}" for name, why in unavailable.items()]
     problems += [] if ran or absent else ["no case ran"]
+    problems += [f"{p.backend} declines every case of {p.op}" for p in pairs if p.held_to_nothing]
     return {
         "ok": not problems,
         "device": str(device),

@@ -7,7 +7,6 @@ import click
 from kernelhub import dispatch, grammar, plugins, policy, registry
 from kernelhub.cli._arguments import device_option, read_arguments
 from kernelhub.cli._output import json_option, printable, stdout_reserved, write_json
-from kernelhub.selection import Selection
 from kernelhub.spec import Device
 
 
@@ -39,9 +38,9 @@ def command(
         call = read_arguments(spec, given, device)
         spec.validate(call)
         wish = policy.wish(op) if rules is None else _wish(op, rules)
-        selection = dispatch.rank(spec, spec.device(call), wish).selection(call)
-        forced = wish.choice is not None and wish.choice.forced
-        mode = None if forced else _fallback(selection)
+        ranking = dispatch.rank(spec, spec.device(call), wish)
+        selection = ranking.selection(call)
+        mode = policy.fallback() if ranking.falls_back(selection.backend) else None
     if as_json:
         write_json({**selection.to_dict(), "fallback": mode})
     else:
@@ -66,10 +65,3 @@ def _wish(op: str, text: str) -> policy.Wish:
     rules.validate(registry.specs(), plugins.known_backends())
     choice = rules.match(op)
     return policy.wish(op) if choice is None else policy.Wish(choice, f"--backend {text}")
-
-
-def _fallback(selection: Selection) -> policy.Fallback | None:
-    """What is done where the choice lands on the reference on an accelerator; None elsewhere."""
-    on_host = selection.device.partition(":")[0] in ("cpu", "meta")
-    landed = selection.backend == registry.REFERENCE and not on_host
-    return policy.fallback() if landed else None

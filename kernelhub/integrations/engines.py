@@ -40,17 +40,23 @@ def chosen(engine: str, offered: Iterable[str]) -> list[str]:
     Raises `PolicyError` where it asks for an op that does not exist; says in the log which ops are
     taken, and which are asked for by name that the engine has no place for.
     """
-    text, known = os.environ.get(VARIABLE, ""), list(registry.specs())
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    for name in asked:
-        if not any(fnmatchcase(op, name) for op in known):
-            raise PolicyError(f"{VARIABLE}={text}: no op matches '{name}'; {nearest(name, known)}")
-    for name in set(asked) & set(known) - set(offered):
+    patterns = asked(os.environ.get(VARIABLE, ""))
+    for name in set(patterns) & set(registry.specs()) - set(offered):
         logger.warning("%s has no place for %s: %s keeps its own code", engine, name, engine)
-    taken = [op for op in offered if any(fnmatchcase(op, name) for name in asked)]
-    if asked:
+    taken = [op for op in offered if any(fnmatchcase(op, name) for name in patterns)]
+    if patterns:
         logger.info("%s runs through kernelhub: %s", engine, ", ".join(taken) or "nothing")
     return taken
+
+
+def asked(text: str) -> list[str]:
+    """The patterns of ops in the variable's text; `PolicyError` where one matches no op."""
+    known = list(registry.specs())
+    patterns = [name.strip() for name in text.split(",") if name.strip()]
+    for name in patterns:
+        if not any(fnmatchcase(op, name) for op in known):
+            raise PolicyError(f"{VARIABLE}: no op matches '{name}'; {nearest(name, known)}")
+    return patterns
 
 
 def run(op: str, place: str, own: Callable[[], Any], why: str, *args: Any, **kwargs: Any) -> Any:

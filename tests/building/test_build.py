@@ -14,8 +14,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from kernelhub.backends.native import build, cache, compiling
-from kernelhub.backends.native.platform import Platform
+from kernelhub.backends.native import build, cache, compiling, platform
+from kernelhub.backends.native.platform import BINDING, Platform
 from kernelhub.errors import BuildError
 from tests.building.toys import (
     Toy,
@@ -27,6 +27,13 @@ from tests.building.toys import (
     refused,
     until,
 )
+
+def test_a_binding_fits_wherever_its_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are no headers of Python, or those of another patch release."""
+    sources = build.sources_hash(BINDING)
+    monkeypatch.setattr(platform, "_python_headers", lambda: Path("/nowhere"))
+    assert build.sources_hash(BINDING) == sources
+
 
 # ---- the cache -----------------------------------------------------------------------------------
 

@@ -192,7 +192,10 @@ BINDING = Platform(
     archs=(soabi(),),
     find_compiler=_compiler_with_python,
     sources=lambda: (csrc() / "binding" / "binding.c",),
-    includes=lambda: (csrc() / "include", _python_headers()),
-    compile_flags=lambda compiler, arch: ("-x", "c", "-std=c11", "-O2", *_HIDDEN),
+    includes=lambda: (csrc() / "include",),
+    # Python's headers are no sources: its architecture says what a binding fits.
+    compile_flags=lambda compiler, arch: (
+        *("-x", "c", "-std=c11", "-O2", f"-I{_python_headers()}", *_HIDDEN),
+    ),
     link_flags=lambda compiler, arch: ("-shared",),
 )
