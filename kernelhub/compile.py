@@ -96,7 +96,8 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
     if in_place:
         # Torch has no derivative of an opaque op that writes in place; that of the reference,
         # traced through, is right.
-        needs = " or ".join(f"({n} is not None and {n}.requires_grad)" for n in in_place)
+        tensors = [p.name for p in spec.params if p.role in ("input", "in_place") and p.is_tensor]
+        needs = " or ".join(f"({n} is not None and {n}.requires_grad)" for n in tensors)
         no_derivative = f"{name}: in a compiled function only 'reference' has a derivative"
         lines += [
             f"    if _grad_enabled() and ({needs}):",

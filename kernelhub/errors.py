@@ -68,7 +68,7 @@ def describe(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         shape = ", ".join(str(size) for size in value.shape)
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"[{shape}] {dtype} {value.device}"
+        return f"[{shape}] {dtype} {getattr(value, 'device', '')}".rstrip()
     if isinstance(value, (bool, int, float, str, type(None))):
         return repr(value)
     return type(value).__name__

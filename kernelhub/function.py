@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+import torch
 from torch.compiler import is_dynamo_compiling
 
 from kernelhub import compile as torch_ops
@@ -41,7 +42,12 @@ _CALL = (
 
 _PLAN = _HEAD + "    return _run({positional})\n"
 
-_PLAN_OF_PREPARED = _HEAD + _FIND + "    return run({positional})\n"
+# A kernel that is prepared writes to memory past torch: what traces it must see the op instead.
+_PLAN_OF_PREPARED = (
+    _HEAD.replace("_tracing()", "_tracing() or _modes() or _traces()")
+    + _FIND
+    + "    return run({positional})\n"
+)
 
 
 def _parameters(spec: OpSpec, without: frozenset[str] = frozenset()) -> str:
@@ -205,6 +211,8 @@ class Op:
         planned = Planned(spec, entry)
         namespace = planned.namespace = {
             "_tracing": is_dynamo_compiling,
+            "_modes": torch._C._len_torch_dispatch_stack,
+            "_traces": torch._C._is_tracing,
             "_traced": torch_ops.traced(spec, entry.backend.name, _parameters(spec)),
             "_run": entry.run,
             "_known": planned.known.get,

@@ -6,10 +6,11 @@ The nearest wish wins, op by op: `op.on(...)`, then the innermost `use`, then `c
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -134,6 +135,18 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
         self._rules = _parse(backend)
         self._text = backend
         self._entered: list[_Layer] = []
+
+    def __call__(self, function: Any) -> Any:
+        if (
+            inspect.iscoroutinefunction(function)
+            or inspect.isgeneratorfunction(function)
+            or (inspect.isasyncgenfunction(function))
+        ):  # the block would end before the body runs
+            raise PolicyError(
+                f"use({self._text!r}) cannot decorate {function.__name__}, whose body runs after "
+                "the call: put a `with` block into it"
+            )
+        return super().__call__(function)
 
     def _recreate_cm(self) -> use:
         return use(self._text)  # a decorated function may run in several threads at once

@@ -21,6 +21,7 @@ _CODES_PER_ELEMENT = {torch.uint8: 2, torch.int8: 2, torch.int32: 8}
 _GROUPS = (32, 64, 128)
 
 
+@torch.no_grad()
 def quantize_int4(
     weight: Tensor,
     group_size: int | None = 128,
@@ -156,6 +157,7 @@ def unpack_int4(weight: Tensor) -> Tensor:
     return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
 
 
+@torch.no_grad()
 def quantize_fp8(
     weight: Tensor,
     scheme: Literal["block", "channel", "tensor"] = "block",
@@ -228,6 +230,7 @@ def dequantize_fp8(
     return (weight.float() * _spread(scale, weight.shape, group_size)).to(dtype)
 
 
+@torch.no_grad()
 def quantize_fp8_activation(
     x: Tensor,
     scheme: Literal["group", "row", "tensor"] = "group",

@@ -402,8 +402,8 @@ def same_storage_span(a: Any, b: Any) -> bool:
     """Whether two real tensors may share memory: the spans of bytes that they reach overlap."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
-    if type(a) not in _PLAIN or type(b) not in _PLAIN or a.numel() == 0 or b.numel() == 0:
-        return False  # fake and wrapped tensors have no memory to compare
+    if not (_has_memory(a) and _has_memory(b)) or a.numel() == 0 or b.numel() == 0:
+        return False  # fake and wrapped tensors have none to compare
     if a.device != b.device or a.device.type == "meta":
         return False
     start_a, start_b = a.data_ptr(), b.data_ptr()
@@ -411,6 +411,10 @@ def same_storage_span(a: Any, b: Any) -> bool:
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def _has_memory(t: Any) -> bool:
+    return type(t) in _PLAIN or _is_memory(type(t))
 
 
 def _span_bytes(t: torch.Tensor) -> int:
@@ -427,7 +431,7 @@ def same_view(a: Any, b: Any) -> bool:
 
 def overlaps_itself(t: Any) -> bool:
     """Whether two indices of a tensor may reach one element (of an expanded tensor, say)."""
-    if type(t) not in _PLAIN or t.numel() == 0 or t.is_contiguous():
+    if not _has_memory(t) or t.numel() == 0 or t.is_contiguous():
         return False
     reached = 0
     sizes_strides = zip(t.shape, t.stride(), strict=True)

@@ -30,6 +30,17 @@ logger = logging.getLogger("kernelhub")
 LIBRARY_PATH_VARIABLE = "KERNELHUB_LIBRARY_PATH"
 
 _lock = threading.Lock()
+
+
+def _unlock_child() -> None:
+    """A child forked while another thread builds would wait for it forever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_child)
+
 _done: dict[tuple[Platform, str], Path | BuildError] = {}
 
 

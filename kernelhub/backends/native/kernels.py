@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,6 +19,17 @@ from kernelhub.backends.native.platform import Platform
 from kernelhub.spec import contiguous_strides
 
 _lock = threading.Lock()
+
+
+def _unlock_child() -> None:
+    """A child forked while another thread builds would wait for it forever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_child)
+
 
 written: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
 """Tells autograd that tensors were written to: what `torch.autograd.graph.increment_version` calls,

@@ -81,14 +81,16 @@ class Library:
     ) -> Launcher:
         """The launcher of an op for devices of a type.
 
-        `stream_of` gives the current stream; None asks torch through DLPack (compiled launcher) or
-        means the null stream. `fast` asks for one of the two launchers; by default the compiled one
-        is taken where it can be had.
+        `stream_of` gives the current stream; None is torch's own one on CUDA, of which the compiled
+        launcher learns through DLPack, and none on other devices. `fast` asks for one of the two
+        launchers; by default the compiled one is taken where it can be had.
         """
         binding = None if fast is False else fast_binding()
         if fast and binding is None:
             raise BuildError("; ".join(why_not_fast()))
         if binding is None:
+            if stream_of is None and device_type == "cuda":
+                stream_of = _cuda_stream
             return _CtypesLauncher(self, op, device_type, stream_of)
         launcher: Launcher = binding.Launcher(
             name=op,
@@ -102,6 +104,10 @@ class Library:
             owner=self._handle,
         )
         return launcher
+
+
+def _cuda_stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
 
 
 _LETTERS = {"tensor": "t", "int64": "q", "float64": "d"}
