@@ -262,7 +262,8 @@ def _group_size(op: str, name: str, x: Any, weight: Any, scale: Any) -> int | No
     if weight.dtype in PACKED and columns == 1:
         # Then, and only then, nibbles were two's complement.
         raise ArgumentError(op, name, "two columns or more (docs/migrating.md has one)", scale)
-    return 64 if columns > 1 and -(-k // columns) == 64 else None
+    of_64, of_128 = (-(-k // g) for g in (64, 128))
+    return 64 if columns == of_64 != of_128 else None
 
 
 def _by_slot(t: Any, tokens: int, slots: int) -> Any:

@@ -216,7 +216,7 @@ def test_hooks_see_what_they_see_in_stock() -> None:
     assert seen.keys() == stock.keys()
     for name, y in stock.items():
         torch.testing.assert_close(seen[name], y)
-    assert "hooks on gate or up" in {row.why for row in census.rows}
+    assert "hooks on gate, up or the activation" in {row.why for row in census.rows}
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -140,7 +140,6 @@ def test_copies_are_stock_and_pickles_are_refused() -> None:
         duplicate.model.layers[0].self_attn.q_proj.weight.data.div_(2)
         with pytest.raises(pickle.PicklingError, match="leave the `with accelerate"):
             pickle.dumps(model)
-    duplicate.set_experts_implementation("grouped_mm")
     assert torch.equal(say(duplicate).logits, stock.logits)
 
 

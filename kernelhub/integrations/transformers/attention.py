@@ -69,8 +69,8 @@ class _Projected(NamedTuple):
 class Projections:
     """The projections of an attention module: one product for all, made when the first is called.
 
-    Not where gradients flow, and under torch.compile only where the weights are held, as it could
-    not see that one has changed: then each has its own.
+    Not where gradients flow, there are hooks or a change of a weight would not be seen: then each
+    has its own.
     """
 
     def __init__(self, parts: Sequence[Any]) -> None:
@@ -96,10 +96,10 @@ class Projections:
     def _refuses(self, x: Tensor) -> bool:
         if not getattr(_inside, "users", ()):
             return True  # called by others than the attention module
-        if torch.compiler.is_compiling() and (
-            self._joined.held is None or any(map(layers.hooked, self.parts))
-        ):
-            return True  # nor could it see that a hook changes x
+        if any(map(layers.hooked, self.parts)):
+            return True  # one may change x, or the weight of the part it is of
+        if not self._joined.follows(*self.parts):
+            return True
         quantised = isinstance(self.parts[0], QuantizedLinear)
         if layers.refusal(x, *(() if quantised else (p.weight for p in self.parts))):
             return True
@@ -287,8 +287,8 @@ class _Kept:
 def _once(name: str, make: Callable[..., Any], *given: Any) -> Any:
     """`make(*given)`, made for a step's first layer and kept, in this thread, for the others."""
     of = tuple(t for t in given if isinstance(t, Tensor))
-    if torch.compiler.is_compiling() or any(t.requires_grad for t in of):
-        return make(*given)
+    if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in of):
+        return make(*given)  # of an inference tensor nobody can tell whether it has changed
     capturing = layers.capturing(of[0].device)
     if capturing is None:
         return make(*given)  # what was made in one graph must not be kept for another

@@ -20,6 +20,15 @@ from kernelhub.integrations.transformers.patches import lock
 NAME = "kernelhub"
 
 
+class _Name(str):
+    """`NAME` in a configuration; in a copy of that, which nobody switches back, what was before."""
+
+    before: str | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
+        return self.before
+
+
 @attrs.define(eq=False)
 class _Switched:
     """A configuration that is set to `NAME`, what it was set to, and how many want it so."""
@@ -47,7 +56,9 @@ def add(model: Any, modules: Sequence[nn.Module], user: Any) -> None:
         switched = _switched.get(id(model.config))
         if switched is None:
             switched = _Switched(model.config, model.get_experts_implementation())
-            model.set_experts_implementation(NAME)
+            name = _Name(NAME)
+            name.before = switched.before[""]
+            model.set_experts_implementation(name)
             _switched[id(model.config)] = switched
         switched.count += 1
         for module in modules:

@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from kernelhub.errors import ArgumentError
 from kernelhub.integrations.transformers import patches
@@ -123,6 +124,9 @@ def _attention_refusal(family: Family, attention: nn.Module) -> str:
     return ""
 
 
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
 def _mlp_refusal(mlp: nn.Module) -> str:
     """Why a gate-up MLP cannot run as one SwiGLU."""
     parts: Any = mlp
@@ -135,7 +139,10 @@ def _mlp_refusal(mlp: nn.Module) -> str:
         return "one of gate and up has a bias, the other has none"
     if parts.gate_proj.weight.dtype != parts.up_proj.weight.dtype:
         return "gate and up are of two dtypes"
-    return _activation_refusal(mlp)
+    why = _activation_refusal(mlp)
+    if not why and (type(parts.act_fn) not in _SILU or replaced(parts.act_fn)):
+        why = f"its activation, a {type(parts.act_fn).__name__}, is not known to be SiLU"
+    return why
 
 
 def experts_refusal(experts: nn.Module) -> str:
@@ -162,7 +169,7 @@ def _moe_refusal(block: Any) -> str:
     for part, name in ((block, "shared_experts"), (block.gate, "routed_scaling_factor")):
         if not hasattr(part, name):
             return f"{type(part).__name__} has no '{name}'"
-    return ""
+    return "its router's forward has been replaced" if replaced(block.gate) else ""
 
 
 def linear_refusal(linear: nn.Linear) -> str:
@@ -176,7 +183,13 @@ def linear_refusal(linear: nn.Linear) -> str:
 
 def replaced(module: nn.Module) -> bool:
     """Whether others than kernelhub have put a forward of their own on a module."""
-    return not isinstance(vars(module).get("forward"), (type(None), patches.Patch))
+    found = vars(module).get("forward")
+    if found is None or isinstance(found, patches.Patch):
+        return False
+    # Of a copy that was made of an accelerated module: its class's own.
+    return getattr(found, "__self__", None) is not module or getattr(
+        found, "__func__", None
+    ) is not getattr(type(module), "forward", None)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ what it stands for, and answers as that does.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from kernelhub.integrations import too_many_rows
 from kernelhub.integrations.census import Census, ran_stock, run
+from kernelhub.integrations.transformers import families
 from kernelhub.integrations.transformers.families import FLOATS
 from kernelhub.integrations.transformers.patches import Patch
 
@@ -57,12 +59,12 @@ def linear(patch: Patch, users: tuple[Any, ...], input: Tensor) -> Tensor:
 class Joined:
     """The weights of layers that read the same input, one below the other.
 
-    A copy, made on first use and anew where an original has changed. While somebody `hold`s it,
-    the originals do not change, and nothing looks whether they have.
+    A copy, made on first use and anew where an original has changed or another is in its place.
+    While somebody `hold`s it, the originals do not change, and nothing looks whether they have.
     """
 
     def __init__(self) -> None:
-        self._made: tuple[Any, dict[str, Any]] | None = None
+        self._made: tuple[Any, Any, dict[str, Any]] | None = None
         self._holders = 0
         self.held: dict[str, Any] | None = None
 
@@ -70,16 +72,29 @@ class Joined:
         """What `fused_gemv` takes: weight, weight_scale and bias of all layers."""
         if wants_gradients(*layers):
             return join(*layers)  # a copy that is kept would keep its graph
-        if self.held is not None:
-            return self.held
+        held = self.held  # another thread may let go meanwhile
+        if held is not None:
+            return held
         tensors = _tensors(layers)
         state = [(t.data_ptr(), t.device, t.dtype, version(t)) for t in tensors]
         made = self._made
-        if made is None or made[0] != state:
+        if made is None or made[1] != state or not _same(made[0], tensors):
             if capturing(tensors[0].device):
                 return join(*layers)  # it has no numbers before the graph is replayed
-            made = self._made = (state, _join_for_any_mode(*layers))
-        return made[1]
+            of = tuple(map(weakref.ref, tensors))
+            made = self._made = (of, state, _join_for_any_mode(*layers))
+        return made[2]
+
+    def follows(self, *layers: nn.Module) -> bool:
+        """Whether a change of the layers' weights would be seen, or is promised not to come.
+
+        Tensors made under inference_mode do not tell, and torch.compile sees no change at all.
+        """
+        if self.held is not None and not wants_gradients(*layers):
+            return True
+        return not torch.compiler.is_compiling() and not any(
+            t.is_inference() for t in _tensors(layers)
+        )
 
     def hold(self, *layers: nn.Module) -> Joined:
         """Make the copy now, for one who promises that the layers do not change until `let_go`."""
@@ -96,6 +111,10 @@ class Joined:
         self._holders -= 1
         if not self._holders:
             self.held = None
+
+
+def _same(of: Iterable[Any], tensors: Iterable[Tensor]) -> bool:
+    return all(ref() is t for ref, t in zip(of, tensors, strict=True))
 
 
 _TENSORS = ("weight", "weight_scale", "bias")
@@ -141,39 +160,57 @@ def version(t: Tensor) -> int:
 class GateUp:
     """`down(silu(gate(x)) * up(x))` with gate and up as one weight, `[2 I, K]`.
 
-    Under torch.compile where the weights are held: it could not see that the originals have
-    changed.
+    Where a change of gate or up would be missed, and where others have put something of theirs on
+    these or on the activation since the model was entered, the model's own code runs.
     """
 
     def __init__(self, mlp: Any) -> None:
         self._mlp = mlp
+        self._gate_up, self._activation = (mlp.gate_proj, mlp.up_proj), mlp.act_fn
         self._joined = Joined()
 
     def __call__(self, patch: Patch, users: tuple[Any, ...], x: Tensor) -> Tensor:
-        mlp, place = self._mlp, "gate-up with SwiGLU"
-        gate_up = (mlp.gate_proj, mlp.up_proj)
-        if torch.compiler.is_compiling() and (
-            self._joined.held is None or wants_gradients(*gate_up)
-        ):
-            return patch.stock(x)  # type: ignore[no-any-return]
+        mlp, gate_up, place = self._mlp, self._gate_up, "gate-up with SwiGLU"
         counted = censuses_of(users)
-        why = refusal(x, mlp.gate_proj.weight, mlp.up_proj.weight)
-        if not why and any(hooked(part) for part in gate_up):
-            why = "hooks on gate or up"
+        why = self._changed() or refusal(x, gate_up[0].weight, gate_up[1].weight)
+        if not why and not self._joined.follows(*gate_up):
+            why = "changes of gate and up would not be seen"
         if why:
             ran_stock(counted, "fused_gemv", place, why)
             return patch.stock(x)  # type: ignore[no-any-return]
         y = run(counted, "fused_gemv", place, x, **self._joined(*gate_up), activation="swiglu")
         return mlp.down_proj(y)  # type: ignore[no-any-return]
 
+    def _changed(self) -> str:
+        """What others have done to gate, up or the activation; empty where nothing."""
+        mlp, (gate, up), activation = self._mlp, self._gate_up, self._activation
+        if mlp.gate_proj is not gate or mlp.up_proj is not up or mlp.act_fn is not activation:
+            return "gate, up or the activation is another"
+        for part in (gate, up, activation):
+            if hooked(part):
+                return "hooks on gate, up or the activation"
+            if families.replaced(part):
+                return "a forward of others on gate, up or the activation"
+        return ""
+
     def hold(self) -> Joined:
         """Hold the joined weights, for who then lets them go."""
-        return self._joined.hold(self._mlp.gate_proj, self._mlp.up_proj)
+        return self._joined.hold(*self._gate_up)
 
 
 def hooked(module: nn.Module) -> bool:
-    of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
-    return any((module._forward_hooks, module._forward_pre_hooks, *of_all))
+    """Whether a call of a module runs hooks: its own, or those of all modules."""
+    of_all = torch_module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+    )
 
 
 def rms_norm(patch: Patch, users: tuple[Any, ...], hidden_states: Tensor) -> Tensor:
@@ -298,22 +335,42 @@ def expert_layers(
     )  # fmt: skip
 
 
+_FACTOR = "routed_scaling_factor"
+
+
+def _without_factor(router: nn.Module) -> Any:
+    twin = copy.copy(router)  # shares parameters and buffers
+    setattr(twin, _FACTOR, 1.0)
+    return twin
+
+
+def _changed(router: nn.Module, twin: nn.Module) -> bool:
+    """Whether an attribute has been set since the twin was made, or the router is another."""
+    own, of_twin = vars(router), vars(twin)
+    return any(of_twin.get(name) is not own[name] for name in own if name != _FACTOR)
+
+
 class SharedExperts:
     """A block that adds shared experts to routed ones: `routed * factor + shared`.
 
     The family's router multiplies its weights by the factor; here a twin of the router, of the same
-    parameters, leaves it out.
+    parameters, leaves it out. What others put on the router would see the twin's weights, or the
+    router itself: then the block's own code runs.
     """
 
     def __init__(self, block: Any) -> None:
-        self._router = copy.copy(block.gate)  # shares parameters, buffers and hooks
-        self._router.routed_scaling_factor = 1.0
+        self._router = _without_factor(block.gate)
 
     def __call__(self, patch: Patch, users: tuple[Any, ...], hidden_states: Tensor) -> Tensor:
         x, block, place = hidden_states, patch.owner, "routed * factor + shared"
-        if x.dtype not in FLOATS:
-            ran_stock(censuses_of(users), "fused_mul_add", place, f"dtype {name_of(x)}")
+        why = "" if x.dtype in FLOATS else f"dtype {name_of(x)}"
+        if families.replaced(block.gate) or hooked(block.gate):
+            why = "hooks or a forward of others on the router"
+        if why:
+            ran_stock(censuses_of(users), "fused_mul_add", place, why)
             return patch.stock(x)  # type: ignore[no-any-return]
+        if not torch.compiler.is_compiling() and _changed(block.gate, self._router):
+            self._router = _without_factor(block.gate)
         _, topk_weights, topk_ids = self._router(x)
         routed = block.experts(x.view(-1, x.shape[-1]), topk_ids, topk_weights).view(x.shape)
         shared = block.shared_experts(x)

@@ -178,7 +178,7 @@ def _quantized(
     model: Any, family: Family, scheme: str, group_size: int | None, made: dict[str, nn.Module]
 ) -> Iterator[Layer]:
     """Put the replacements into `made`, tell of each layer."""
-    output = model.get_output_embeddings()
+    inside = set(model.base_model.modules())
     for name, module in model.named_modules():
         kind, cls = family.kind_of(module), type(module).__name__
         if any(name.startswith(f"{done}.") for done in made):
@@ -197,7 +197,7 @@ def _quantized(
             yield Layer(name, cls, "fused_moe_gemv", why)
         elif isinstance(module, nn.Linear):
             why = families.linear_refusal(module) or _refusal(scheme, group_size, module.weight)
-            if module is output:
+            if module not in inside:
                 why = "the output layer keeps its weights"
             if not why:
                 made[name] = _linear(module, scheme, group_size)
