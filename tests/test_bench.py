@@ -263,6 +263,8 @@ def test_a_plugin_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--shape", "N=8,K=8"], "name it with --op"),
         ([], "nothing to time"),
         (["--op", "fused_mul_add", "--shape", "H=8", "--tune"], "needs one --backend"),
+        (["--op", "fused_mul_add", "--shape", "H=8", "--output", "f"], "where --tune puts"),
+        (["--suite", "decode", "--scheme", "fp8"], "a suite has its own"),
     ],
 )
 def test_what_cannot_be_understood(arguments: list[str], said: str) -> None:

@@ -153,6 +153,10 @@ def command(
                 raise Refused("--tune has no --peers and no --plot")
             report = _tuned(found, names, device, rounds, not eager, output)
         else:
+            if output is not None:
+                raise Refused(
+                    "--output is where --tune puts its table; for a report there is --json"
+                )
             others = _peers(wanted_peers)
             report = _timed(found, names, others, device, rounds, not eager)
     if json_path == "-":
@@ -218,6 +222,8 @@ def _cases(
         raise Refused("--shape is a shape of one op: name it with --op")
     if suite is None and not models and not shapes:
         raise Refused("nothing to time: give --suite, --model or --shape")
+    if schemes is not None and not models and not shapes:
+        raise Refused("--scheme is of --model or --shape; a suite has its own")
     found = cases.suite(suite, wanted) if suite else []
     counts = [cases.read_size("--rows", part.strip()) for part in rows.split(",")]
     listed = None if schemes is None else [part.strip() for part in schemes.split(",")]

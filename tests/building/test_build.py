@@ -28,6 +28,7 @@ from tests.building.toys import (
     until,
 )
 
+
 def test_a_binding_fits_wherever_its_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there are no headers of Python, or those of another patch release."""
     sources = build.sources_hash(BINDING)
