@@ -83,6 +83,8 @@ class Projections:
             return None
         made = getattr(_inside, "projected", None)
         if made is None or made.of is not self or made.x is not x or index not in made.parts:
+            if not self._joined.follows(*self.parts):
+                return None
             made = _inside.projected = self._product(users, x)
         elif made.version != layers.version(x):
             return None
@@ -98,8 +100,6 @@ class Projections:
             return True  # called by others than the attention module
         if any(map(layers.hooked, self.parts)):
             return True  # one may change x, or the weight of the part it is of
-        if not self._joined.follows(*self.parts):
-            return True
         quantised = isinstance(self.parts[0], QuantizedLinear)
         if layers.refusal(x, *(() if quantised else (p.weight for p in self.parts))):
             return True

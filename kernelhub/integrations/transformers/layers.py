@@ -92,9 +92,10 @@ class Joined:
         """
         if self.held is not None and not wants_gradients(*layers):
             return True
-        return not torch.compiler.is_compiling() and not any(
-            t.is_inference() for t in _tensors(layers)
-        )
+        if torch.compiler.is_compiling():
+            return False
+        weights: Iterable[Any] = (layer.weight for layer in layers)
+        return not any(weight.is_inference() for weight in weights)
 
     def hold(self, *layers: nn.Module) -> Joined:
         """Make the copy now, for one who promises that the layers do not change until `let_go`."""
