@@ -16,10 +16,12 @@ int32_t run_held(const Arguments& a, int32_t dtype, int64_t blocks, stream_t str
   if (vectors <= 1) return run_held<1>(a, count, stream);
   if (vectors <= 2) return run_held<2>(a, count, stream);
   if (vectors <= 4) return run_held<4>(a, count, stream);
-  const bool lists = a.top_k.data == nullptr && a.top_k_value > 0 &&
-                     static_cast<uint64_t>(a.top_k_value) <= kMostHeldK;
-  if (lists && a.vocab_size <= kHeldLimit) return run_held<8, true>(a, count, stream);
-  return vectors <= 8 ? run_held<8>(a, count, stream) : kNotHeld;
+  const bool one_k = a.top_k.data == nullptr && a.vocab_size <= kHeldLimit;
+  const bool off = a.top_k_value <= 0 || a.top_k_value >= a.vocab_size;
+  if (one_k && !off && static_cast<uint64_t>(a.top_k_value) <= kMostHeldK)
+    return run_held<8, Way::kList>(a, count, stream);
+  if (vectors <= 8) return run_held<8>(a, count, stream);
+  return one_k && off ? run_held<kSumVectors, Way::kSum>(a, count, stream) : kNotHeld;
 }
 
 }  // namespace kh::sampling

@@ -128,8 +128,8 @@ KERNEL_MUTANTS = (
     _fault("cut-list-believed", "|| found.listed > kCapacity) return 0;", ") return 0;"),
     _fault(
         "short-rows-guessed-from-above-2^-20",
-        "if (row.size <= kCapacity) return {kLeast, kInfinity, false};",
-        "if (row.size <= kCapacity) return {kLeast + (24u << 23), kInfinity, true};",
+        "? Plan{kLeast, kInfinity, false}",
+        "? Plan{kLeast + (24u << 23), kInfinity, true}",
     ),
     # The stream.
     _fault(

@@ -20,7 +20,7 @@ _KERNEL = re.compile(
 _STREAM = re.compile(r"Format\w*?(half|bf16)_t.*?SchemeE(\d)ELi(\d)ELb(\d)EEELi(\d)E")
 _WHOLE = re.compile(r"gemv_whole_kernelI\w*?(half|bf16)_tELi(\d+)ELi(\d+)ELi(\d+)E\w*?KindE(\d)E")
 _WHOLE_INT4 = re.compile(r"gemv_whole_int4_kernelI\w*?(half|bf16)_tELb(\d)ELi(\d+)ELi(\d+)EE")
-_HELD = re.compile(r"held_kernelILi(\d+)ELb(\d)E")
+_HELD = re.compile(r"held_kernelILi(\d+)EL\w*?WayE(\d)E")
 
 
 def read(report: str) -> dict[str, list[int]]:
@@ -39,8 +39,8 @@ def _kind_of(name: str) -> str:
         kind = "int4 with zeros" if zeros == "1" else "int4"
         return f"whole {kind} {dtype}, {columns} x 8 columns, {depth} units ahead"
     if held := _HELD.search(name):
-        vectors, by_steps = held.groups()
-        return f"held, {vectors} vectors" + (", in steps" if by_steps == "1" else "")
+        vectors, way = held.groups()
+        return f"held, {vectors} vectors" + ("", ", in steps", ", summed in steps")[int(way)]
     parts = _STREAM.search(name)
     assert parts is not None, name
     dtype, scheme, tiles, plain, columns = parts.groups()

@@ -47,15 +47,30 @@ _SMS = 132
 """Of an H100 and an H200, each of which takes two blocks."""
 
 
-def cluster_blocks(arch: str, batch_size: int, vocab_size: int, lists: bool) -> int:
+WAYS = ("hold", "list", "sum")
+"""What the blocks of a cluster do with a row: they hold it, or read their parts in steps, for which
+all samples must have one `top_k` of at most 1024 ("list") or none ("sum")."""
+
+
+def cluster_blocks(arch: str, batch_size: int, vocab_size: int, way: str) -> int:
     """How many blocks of a cluster take a row of fp32; 0 where blocks that stream it do.
 
-    Where one `top_k` of at most 1024 holds for all samples (`lists`), a block reads its part in
-    steps; else it must hold it. Chosen on an H200.
+    Chosen on an H200.
     """
     if not arch.startswith("sm_90") or vocab_size % 4 or batch_size * vocab_size == 0:
         return 0
-    if lists:
+    if way == "sum":
+        held = cluster_blocks(arch, batch_size, vocab_size, "hold")
+        # Half of what a block can hold is held faster than summed.
+        if held and (held * _HELD // 2 >= vocab_size or batch_size <= 8):
+            return held
+        blocks, share = 1, vocab_size >> 15
+        if share > 1 and 8 * batch_size <= _SMS:
+            blocks = 4
+        elif (share > 1 and batch_size <= _SMS) or (share > 0 and 2 * batch_size <= _SMS):
+            blocks = 2
+        return blocks if blocks * _HELD < vocab_size <= MOST_LISTED_VOCAB else held
+    if way == "list":
         if vocab_size > MOST_LISTED_VOCAB:
             return 0
         if _SMS < 2 * batch_size <= 2 * _SMS:  # two that hold the row, or read it in more steps
@@ -103,11 +118,11 @@ def make(launchers: Launchers) -> Implementation:
             drawn, seed_tensor = maker(a.probs, (1,), torch.int64), True
         joint = a.filter_apply_order == "joint"
         blocks = blocks_a_row(batch_size, vocab_size)
-        held = listed = 0
+        held = listed = summed = 0
         if a.probs.dtype == torch.float32:
             arch = launchers.arch(a.probs.device)
-            held, listed = (
-                cluster_blocks(arch, batch_size, vocab_size, lists) for lists in (False, True)
+            held, listed, summed = (
+                cluster_blocks(arch, batch_size, vocab_size, way) for way in WAYS
             )
         tokens_for = maker(a.probs, (batch_size,), torch.int32)
         valid_for = maker(a.probs, (batch_size,), torch.bool) if a.return_valid else None
@@ -132,8 +147,11 @@ def make(launchers: Launchers) -> Implementation:
             if drawn:
                 seed = drawn(probs).random_(generator=generator)
             tokens = tokens_for(probs)
-            clusters = held
-            if not k_tensor and 0 < top_k < vocab_size:
+            if k_tensor:
+                clusters = held
+            elif not 0 < top_k < vocab_size:
+                clusters = summed
+            else:
                 clusters = listed if top_k <= MOST_LISTED_TOP_K else 0
             valid = valid_for(probs) if valid_for else None
             launch(
