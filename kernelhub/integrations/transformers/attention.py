@@ -299,11 +299,7 @@ def _once(name: str, make: Callable[..., Any], *given: Any) -> Any:
         *(value for value in given if not isinstance(value, Tensor)),
     )
     kept = getattr(_inside, name, None)
-    if (
-        kept is not None
-        and kept.state == state
-        and all(ref() is t for ref, t in zip(kept.of, of, strict=True))
-    ):
+    if kept is not None and kept.state == state and layers.same(kept.of, of):
         return kept.made
     made = make(*given)
     setattr(_inside, name, _Kept(tuple(weakref.ref(t) for t in of), state, made))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import attrs
@@ -187,9 +187,7 @@ def replaced(module: nn.Module) -> bool:
     if found is None or isinstance(found, patches.Patch):
         return False
     # Of a copy that was made of an accelerated module: its class's own.
-    return getattr(found, "__self__", None) is not module or getattr(
-        found, "__func__", None
-    ) is not getattr(type(module), "forward", None)
+    return bool(found != MethodType(type(module).forward, module))
 
 
 def is_norm(module: nn.Module) -> bool:
