@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-import torch
 from torch.compiler import is_dynamo_compiling
 
 from kernelhub import compile as torch_ops
 from kernelhub import grammar, plugins, policy, registry
-from kernelhub.dispatch import Planned, Table, key_for
+from kernelhub.dispatch import OBSERVERS, Planned, Table, key_for
 from kernelhub.errors import ArgumentError, PolicyError
 from kernelhub.selection import Selection
 from kernelhub.spec import Args, OpSpec, TensorDesc
@@ -44,10 +43,16 @@ _PLAN = _HEAD + "    return _run({positional})\n"
 
 # A kernel that is prepared writes to memory past torch: what traces it must see the op instead.
 _PLAN_OF_PREPARED = (
-    _HEAD.replace("_tracing()", "_tracing() or _modes() or _traces()")
+    _HEAD
+    + """\
+    if {observed}:
+        return _traced({call})
+"""
     + _FIND
     + "    return run({positional})\n"
 )
+_OBSERVERS = {f"_observer_{i}": ask for i, ask in enumerate(OBSERVERS)}
+_OBSERVED = " or ".join(f"{name}()" for name in _OBSERVERS)
 
 
 def _parameters(spec: OpSpec, without: frozenset[str] = frozenset()) -> str:
@@ -207,12 +212,12 @@ class Op:
             signature=_parameters(spec, without=fixed),
             call=_arguments(spec, left_out=default),
             positional=", ".join(parameters),
+            observed=_OBSERVED,
         )
         planned = Planned(spec, entry)
         namespace = planned.namespace = {
             "_tracing": is_dynamo_compiling,
-            "_modes": torch._C._len_torch_dispatch_stack,
-            "_traces": torch._C._is_tracing,
+            **_OBSERVERS,
             "_traced": torch_ops.traced(spec, entry.backend.name, _parameters(spec)),
             "_run": entry.run,
             "_known": planned.known.get,
