@@ -92,8 +92,7 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
                 f"        raise ValueError({wanted + ' (pass seed=)'!r})",
             ]
     arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
-    in_place = [p.name for p in spec.params if p.role == "in_place"]
-    if in_place:
+    if any(p.role == "in_place" for p in spec.params):
         # Torch has no derivative of an opaque op that writes in place; that of the reference,
         # traced through, is right.
         tensors = [p.name for p in spec.params if p.role in ("input", "in_place") and p.is_tensor]

@@ -124,6 +124,13 @@ def configure(backend: str | None = None, *, fallback: Fallback | None = None) -
         _changed()
 
 
+_RUN_LATER = (
+    inspect.iscoroutinefunction,
+    inspect.isgeneratorfunction,
+    inspect.isasyncgenfunction,
+)
+
+
 class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.use("reference"):`
     """Force or prefer backends inside a block, in this thread (or task) alone.
 
@@ -137,11 +144,7 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
         self._entered: list[_Layer] = []
 
     def __call__(self, function: Any) -> Any:
-        if (
-            inspect.iscoroutinefunction(function)
-            or inspect.isgeneratorfunction(function)
-            or (inspect.isasyncgenfunction(function))
-        ):  # the block would end before the body runs
+        if any(runs_later(function) for runs_later in _RUN_LATER):  # after the block has ended
             raise PolicyError(
                 f"use({self._text!r}) cannot decorate {function.__name__}, whose body runs after "
                 "the call: put a `with` block into it"
