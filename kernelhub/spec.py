@@ -402,7 +402,7 @@ def same_storage_span(a: Any, b: Any) -> bool:
     """Whether two real tensors may share memory: the spans of bytes that they reach overlap."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
-    if not (_has_memory(a) and _has_memory(b)) or a.numel() == 0 or b.numel() == 0:
+    if not (has_memory(a) and has_memory(b)) or a.numel() == 0 or b.numel() == 0:
         return False  # fake and wrapped tensors have none to compare
     if a.device != b.device or a.device.type == "meta":
         return False
@@ -413,7 +413,9 @@ def same_storage_span(a: Any, b: Any) -> bool:
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def _has_memory(t: Any) -> bool:
+def has_memory(t: Any) -> bool:
+    """Whether a tensor is ordinary memory: one of torch's own, or of a subclass that only names it
+    otherwise, as parameters do."""
     return type(t) in _PLAIN or _is_memory(type(t))
 
 
@@ -431,7 +433,7 @@ def same_view(a: Any, b: Any) -> bool:
 
 def overlaps_itself(t: Any) -> bool:
     """Whether two indices of a tensor may reach one element (of an expanded tensor, say)."""
-    if not _has_memory(t) or t.numel() == 0 or t.is_contiguous():
+    if not has_memory(t) or t.numel() == 0 or t.is_contiguous():
         return False
     reached = 0
     sizes_strides = zip(t.shape, t.stride(), strict=True)
