@@ -473,7 +473,7 @@ def check_params(spec: OpSpec, args: Args) -> Any:
             raise ArgumentError(
                 spec.name, name, "a plain tensor (call resolve_neg())", "a negated view"
             )
-        if writes and value.requires_grad:
+        if writes and (value.requires_grad or (real and value.is_inference())):
             _check_writable(spec.name, name, value)
         if value.device != device:
             if device is not None:
@@ -504,7 +504,13 @@ def _lead_device(spec: OpSpec, args: Args) -> Device:
 
 
 def _check_writable(op: str, name: str, value: Any) -> None:
-    """Torch forbids writing to a leaf that requires grad, and to a view of one."""
+    """Torch forbids writing to a leaf that requires grad, to a view of one, and to a tensor made
+    under inference_mode outside of it."""
+    if value.is_inference():
+        if not torch.is_inference_mode_enabled():
+            wanted = "a tensor that may be written to (clone it, or call under inference_mode())"
+            raise ArgumentError(op, name, wanted, "an inference tensor")
+        return
     base = getattr(value, "_base", None)
     leaf = getattr(value, "is_leaf", True) or (base is not None and base.is_leaf)
     if leaf and torch.is_grad_enabled():
