@@ -11,6 +11,7 @@ function around the node copies into it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,8 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
 def compiled_function(
     source: str, name: str, namespace: dict[str, Any], spec: OpSpec
 ) -> Callable[..., Any]:
-    """Run generated source; returns the function it defines, whose lines tracebacks can show."""
+    """Run generated source; returns the function it defines, whose lines tracebacks can show as
+    long as it lives."""
     import linecache
 
     filename = f"<kernelhub {name} {id(namespace):x}>"
@@ -144,6 +146,7 @@ def compiled_function(
     namespace["_defaults"] = {n: p.default for n, p in parameters.items()}
     exec(compile(source, filename, "exec"), namespace)
     made: Callable[..., Any] = namespace[name]
+    weakref.finalize(made, linecache.cache.pop, filename, None)
     return made
 
 
