@@ -437,7 +437,7 @@ class Table:
             stacklevel=stacklevel,
         )
 
-    def failed(self, error: BaseException, *args: Any, **kwargs: Any) -> None:
+    def failed(self, error: BaseException, /, *args: Any, **kwargs: Any) -> None:
         """Attach the Selection to an exception that came out of an implementation."""
         if isinstance(error, BackendUnavailable) or hasattr(error, "kernelhub_selection"):
             return

@@ -1,4 +1,7 @@
-"""The functions that callers call: generated with each op's true signature."""
+"""The functions that callers call: generated with each op's true signature.
+
+Names of generated code begin with an underscore, those of an op's parameters do not.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ def {name}{signature}:
 
 _FIND = """\
     _like = _key({positional})
-    run = _known(_like)
-    if run is None:
-        run = _unknown(_like, {positional})
+    _found = _known(_like)
+    if _found is None:
+        _found = _unknown(_like, {positional})
 """
 
 _CALL = (
@@ -32,9 +35,9 @@ _CALL = (
     + _FIND
     + """\
     try:
-        return run({positional})
-    except Exception as error:
-        _failed(error, {call})
+        return _found({positional})
+    except _Exception as _error:
+        _failed(_error, {call})
         raise
 """
 )
@@ -49,7 +52,7 @@ _PLAN_OF_PREPARED = (
         return _traced({call})
 """
     + _FIND
-    + "    return run({positional})\n"
+    + "    return _found({positional})\n"
 )
 _OBSERVERS = {f"_observer_{i}": ask for i, ask in enumerate(OBSERVERS)}
 _OBSERVED = " or ".join(f"{name}()" for name in _OBSERVERS)
@@ -138,6 +141,7 @@ class Op:
             "_key": key_for(spec, table.checks),
             "_unknown": table.checked,
             "_failed": table.failed,
+            "_Exception": Exception,
         }
         table.namespace = namespace
         function = torch_ops.compiled_function(source, spec.name, namespace, spec)
@@ -171,7 +175,7 @@ class Op:
         self.spec.validate(call)
         return call
 
-    def explain(self, *args: Any, **kwargs: Any) -> Selection:
+    def explain(self, /, *args: Any, **kwargs: Any) -> Selection:
         """Which backend would run this call, and why no other. Runs nothing.
 
         Takes the op's arguments; tensors may be real, fake or `kernelhub.TensorDesc`.
@@ -184,7 +188,7 @@ class Op:
         plugins.load()
         return tuple(dict.fromkeys(e.backend.name for e in registry.entries(self.spec.name)))
 
-    def plan(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """Check and choose once, and return a function for the calls of one layer.
 
         Takes a whole call as example. The returned function has the weights and options bound and

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import attrs
 import torch
 
-from kernelhub.errors import ArgumentError, describe
+from kernelhub.errors import ArgumentError, RegistrationError, describe
 
 Args = Any
 """The arguments of one call as attributes. Its class is generated per op (see `OpSpec.bind`)."""
@@ -276,6 +276,11 @@ class OpSpec:
 
     def __attrs_post_init__(self) -> None:
         signature = inspect.signature(self.prototype)
+        for name in signature.parameters:
+            if name.startswith("_"):  # as those of generated code do
+                raise RegistrationError(
+                    f"op '{self.name}': the parameter '{name}' begins with an underscore"
+                )
         object.__setattr__(self, "signature", signature)
         object.__setattr__(self, "bind", _args_class(self.name, signature))
         writes = ("in_place", "output")
@@ -343,7 +348,7 @@ class OpSpec:
 def _args_class(op: str, signature: inspect.Signature) -> Callable[..., Args]:
     """A slotted class with one attribute per parameter, in the order of the signature."""
     names = list(signature.parameters)
-    body = "\n        ".join(f"self.{name} = {name}" for name in names)
+    body = "\n        ".join(f"_self.{name} = {name}" for name in names)
     plain = signature.replace(
         parameters=[
             p.replace(
@@ -358,7 +363,7 @@ def _args_class(op: str, signature: inspect.Signature) -> Callable[..., Args]:
     source = (
         f"class {op}_args:\n"
         f"    __slots__ = {tuple(names)!r}\n"
-        f"    def __init__(self, {str(plain)[1:-1]}):\n        {body}\n"
+        f"    def __init__(_self, {str(plain)[1:-1]}):\n        {body}\n"
     )
     defaults = {n: p.default for n, p in signature.parameters.items()}
     namespace: dict[str, Any] = {"_defaults": defaults, "__name__": "kernelhub.spec"}
