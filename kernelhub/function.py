@@ -193,8 +193,10 @@ class Op:
 
         Takes a whole call as example. The returned function has the weights and options bound and
         takes the rest (for `fused_gemv`: `run(x, x_scale=None, *, out=None)`). It checks nothing
-        again: pass tensors like the example's in dtype, device and layout. A later change of policy
-        does not reach it.
+        again: pass tensors like the example's in dtype, device and layout. Compiled kernels read
+        and write their memory as it is: of a negated view (`torch.Tensor.is_neg`) with the other
+        sign, of a tensor that requires grad without a derivative. A later change of policy does not
+        reach it.
 
         Raises:
             ArgumentError: the example breaks the op's contract.
