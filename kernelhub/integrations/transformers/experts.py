@@ -103,7 +103,7 @@ def forward(
 def _alone(module: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     why = families.experts_refusal(module)
     if why:
-        op, expected = f"experts_implementation={NAME!r}", "experts of SwiGLU without biases"
+        op, expected = f"experts_implementation={NAME!r}", "experts that fused_moe_gemv can run"
         raise ArgumentError(op, type(module).__name__, expected, why)
     weights = (module.gate_up_proj, None), (module.down_proj, None)
     return layers.expert_layers((), x, topk_ids, topk_weights, *weights)
