@@ -20,6 +20,14 @@ from kernelhub.spec import has_memory
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+# No plain memory, and taken: the ops know fakes, and FSDP puts a plain weight in the place of its
+# own for each call.
+_TAKEN: tuple[type, ...] = (FakeTensor,)
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    _TAKEN += (DTensor,)
+
 
 @attrs.frozen
 class Layer:
@@ -188,7 +196,7 @@ def _weight_refusal(weight: Tensor) -> str:
     """Why the ops cannot take a weight."""
     if weight.dtype not in FLOATS:
         return f"weight of {str(weight.dtype).removeprefix('torch.')}"
-    if not (has_memory(weight) or isinstance(weight, FakeTensor)):
+    if not (has_memory(weight) or isinstance(weight, _TAKEN)):
         return f"its weight, a {type(weight).__name__}, is no plain memory"
     return ""
 
