@@ -11,12 +11,14 @@ function around the node copies into it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kernelhub import policy
+from kernelhub.errors import RegistrationError
 from kernelhub.spec import OpSpec, Param
 
 NAMESPACE = "kernelhub"
@@ -67,8 +69,8 @@ def _flatten_source(spec: OpSpec) -> str:
         if name in spec.all_outputs:
             parts.append(repr(spec.all_outputs[name]))
         elif _split(param):
-            parts.append(f"{name} if isinstance({name}, _Tensor) else None")
-            parts.append(f"None if isinstance({name}, _Tensor) else {name}")
+            parts.append(f"{name} if _isinstance({name}, _Tensor) else None")
+            parts.append(f"None if _isinstance({name}, _Tensor) else {name}")
         else:
             parts.append(name)
     return ", ".join(parts)
@@ -81,7 +83,7 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
         f"def {name}_traced{signature}:",
         # Dynamo guards on what is read: a new policy text means a new graph.
         "    if _policy.trace_key == '\\0':",
-        "        raise AssertionError",
+        "        raise _AssertionError",
     ]
     for param in spec.params:
         if torch.Generator in param.types:
@@ -89,11 +91,10 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
             wanted = f"{name}: argument '{param.name}': expected None in a compiled function"
             lines += [
                 f"    if {param.name} is not None:",
-                f"        raise ValueError({wanted + ' (pass seed=)'!r})",
+                f"        raise _ValueError({wanted + ' (pass seed=)'!r})",
             ]
     arguments = ", ".join(f"{n}={n}" for n in spec.signature.parameters)
-    in_place = [p.name for p in spec.params if p.role == "in_place"]
-    if in_place:
+    if any(p.role == "in_place" for p in spec.params):
         # Torch has no derivative of an opaque op that writes in place; that of the reference,
         # traced through, is right.
         tensors = [p.name for p in spec.params if p.role in ("input", "in_place") and p.is_tensor]
@@ -102,29 +103,32 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
         lines += [
             f"    if _grad_enabled() and ({needs}):",
             f"        if {on!r} not in ('', 'reference'):",
-            f"            raise ValueError({no_derivative!r})",
+            f"            raise _ValueError({no_derivative!r})",
             f"        return _reference({arguments})",
         ]
-    lines.append(f"    result = _op({_flatten_source(spec)}, {on!r})")
+    lines.append(f"    _result = _op({_flatten_source(spec)}, {on!r})")
     if any(p.role == "output" for p in spec.params):
         wanted = f"{name}: argument 'out': expected the shape, dtype and device of the result"
         lines += [
             "    if out is not None:",
-            "        if out.shape != result.shape or out.dtype != result.dtype "
-            "or out.device != result.device:",
-            f"            raise ValueError({wanted!r})",
-            "        out.copy_(result)",
+            "        if out.shape != _result.shape or out.dtype != _result.dtype "
+            "or out.device != _result.device:",
+            f"            raise _ValueError({wanted!r})",
+            "        out.copy_(_result)",
             "        return out",
         ]
     if spec.finish:
-        lines.append(f"    return _finish(_bind({arguments}), result)")
+        lines.append(f"    return _finish(_bind({arguments}), _result)")
     elif spec.num_outputs:
-        lines.append("    return result")
+        lines.append("    return _result")
 
     namespace = {
         "_op": getattr(getattr(torch.ops, NAMESPACE), name).default,
         "_policy": policy,
         "_Tensor": torch.Tensor,
+        "_isinstance": isinstance,
+        "_ValueError": ValueError,
+        "_AssertionError": AssertionError,
         "_bind": spec.bind,
         "_finish": spec.finish,
         "_reference": spec.reference,
@@ -136,7 +140,8 @@ def traced(spec: OpSpec, on: str, signature: str) -> Callable[..., Any]:
 def compiled_function(
     source: str, name: str, namespace: dict[str, Any], spec: OpSpec
 ) -> Callable[..., Any]:
-    """Run generated source; returns the function it defines, whose lines tracebacks can show."""
+    """Run generated source; returns the function it defines, whose lines tracebacks can show as
+    long as it lives."""
     import linecache
 
     filename = f"<kernelhub {name} {id(namespace):x}>"
@@ -145,6 +150,7 @@ def compiled_function(
     namespace["_defaults"] = {n: p.default for n, p in parameters.items()}
     exec(compile(source, filename, "exec"), namespace)
     made: Callable[..., Any] = namespace[name]
+    weakref.finalize(made, linecache.cache.pop, filename, None)
     return made
 
 
@@ -152,6 +158,8 @@ def register(spec: OpSpec, run: Callable[[str], Callable[..., Any]]) -> None:
     """Define the torch op of a spec. `run(backend)` gives the function to call when it runs."""
     name = spec.name
     names = _flat_names(spec)
+    for twice in {n for n in names if [*names, "backend"].count(n) > 1}:
+        raise RegistrationError(f"op '{name}': its torch op would have two parameters '{twice}'")
     splits = {p.name for p in spec.params if _split(p)}
 
     def unflatten(values: tuple[Any, ...]) -> dict[str, Any]:

@@ -162,17 +162,16 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+OBSERVERS = (torch._C._len_torch_dispatch_stack, torch._C._is_tracing)
+"""One returns something true where what follows a call sees torch ops alone: a dispatch mode
+(make_fx, a FLOP counter) or torch.jit.trace."""
+
+
 def _observed() -> bool:
-    """Whether something follows the call that sees torch ops alone: a dispatch mode (make_fx, a
-    FLOP counter) or torch.jit.trace."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return any(ask() for ask in OBSERVERS)
 
 
-WATCHERS = (
-    torch._C._functorch.peek_interpreter_stack,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._is_tracing,
-)
+WATCHERS = (torch._C._functorch.peek_interpreter_stack, *OBSERVERS)
 """`_transformed` and `_observed` for who makes keys: one returns something true where either is."""
 
 
@@ -438,7 +437,7 @@ class Table:
             stacklevel=stacklevel,
         )
 
-    def failed(self, error: BaseException, *args: Any, **kwargs: Any) -> None:
+    def failed(self, error: BaseException, /, *args: Any, **kwargs: Any) -> None:
         """Attach the Selection to an exception that came out of an implementation."""
         if isinstance(error, BackendUnavailable) or hasattr(error, "kernelhub_selection"):
             return

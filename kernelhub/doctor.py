@@ -93,6 +93,14 @@ class CacheReport:
 
 
 @attrs.frozen
+class BindingReport:
+    """The compiled path from Python to a kernel. `missing` says why calls go through ctypes, which
+    takes longer, and what to do; empty where it can be had."""
+
+    missing: tuple[str, ...] = ()
+
+
+@attrs.frozen
 class LibraryReport:
     """A library of compiled kernels on this machine. `fault` is empty where it fits.
 
@@ -114,6 +122,7 @@ class Report:
     environment: tuple[Variable, ...]
     compilers: tuple[CompilerReport, ...]
     cache: CacheReport
+    binding: BindingReport
     libraries: tuple[LibraryReport, ...]
     backends: tuple[BackendReport, ...]
     ops: tuple[str, ...]
@@ -160,6 +169,7 @@ def examine() -> Report:
     problems += guarded("the policy", lambda: list(_unmet(environment, reports)), [])
     tools: tuple[CompilerReport, ...] = guarded("the compilers", _compilers, ())
     kept = guarded("the cache", _cache, CacheReport())
+    binding = guarded("the binding", _binding, BindingReport())
     libraries: tuple[LibraryReport, ...] = guarded(
         "the libraries", lambda: tuple(_libraries(found)), ()
     )
@@ -169,6 +179,7 @@ def examine() -> Report:
         environment,
         tools,
         kept,
+        binding,
         libraries,
         (*reports, *failures),
         ops,
@@ -334,6 +345,12 @@ def _cache() -> CacheReport:
     except BuildError as error:
         return CacheReport(path, str(error))
     return CacheReport(path)
+
+
+def _binding() -> BindingReport:
+    from kernelhub.backends.native import library
+
+    return BindingReport(library.why_not_fast())
 
 
 def _libraries(found: dict[str, Backend]) -> Iterator[LibraryReport]:

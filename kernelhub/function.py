@@ -1,16 +1,18 @@
-"""The functions that callers call: generated with each op's true signature."""
+"""The functions that callers call: generated with each op's true signature.
+
+Names of generated code begin with an underscore, those of an op's parameters do not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-import torch
 from torch.compiler import is_dynamo_compiling
 
 from kernelhub import compile as torch_ops
 from kernelhub import grammar, plugins, policy, registry
-from kernelhub.dispatch import Planned, Table, key_for
+from kernelhub.dispatch import OBSERVERS, Planned, Table, key_for
 from kernelhub.errors import ArgumentError, PolicyError
 from kernelhub.selection import Selection
 from kernelhub.spec import Args, OpSpec, TensorDesc
@@ -23,9 +25,9 @@ def {name}{signature}:
 
 _FIND = """\
     _like = _key({positional})
-    run = _known(_like)
-    if run is None:
-        run = _unknown(_like, {positional})
+    _found = _known(_like)
+    if _found is None:
+        _found = _unknown(_like, {positional})
 """
 
 _CALL = (
@@ -33,9 +35,9 @@ _CALL = (
     + _FIND
     + """\
     try:
-        return run({positional})
-    except Exception as error:
-        _failed(error, {call})
+        return _found({positional})
+    except _Exception as _error:
+        _failed(_error, {call})
         raise
 """
 )
@@ -44,10 +46,16 @@ _PLAN = _HEAD + "    return _run({positional})\n"
 
 # A kernel that is prepared writes to memory past torch: what traces it must see the op instead.
 _PLAN_OF_PREPARED = (
-    _HEAD.replace("_tracing()", "_tracing() or _modes() or _traces()")
+    _HEAD
+    + """\
+    if {observed}:
+        return _traced({call})
+"""
     + _FIND
-    + "    return run({positional})\n"
+    + "    return _found({positional})\n"
 )
+_OBSERVERS = {f"_observer_{i}": ask for i, ask in enumerate(OBSERVERS)}
+_OBSERVED = " or ".join(f"{name}()" for name in _OBSERVERS)
 
 
 def _parameters(spec: OpSpec, without: frozenset[str] = frozenset()) -> str:
@@ -133,6 +141,7 @@ class Op:
             "_key": key_for(spec, table.checks),
             "_unknown": table.checked,
             "_failed": table.failed,
+            "_Exception": Exception,
         }
         table.namespace = namespace
         function = torch_ops.compiled_function(source, spec.name, namespace, spec)
@@ -166,7 +175,7 @@ class Op:
         self.spec.validate(call)
         return call
 
-    def explain(self, *args: Any, **kwargs: Any) -> Selection:
+    def explain(self, /, *args: Any, **kwargs: Any) -> Selection:
         """Which backend would run this call, and why no other. Runs nothing.
 
         Takes the op's arguments; tensors may be real, fake or `kernelhub.TensorDesc`.
@@ -179,13 +188,15 @@ class Op:
         plugins.load()
         return tuple(dict.fromkeys(e.backend.name for e in registry.entries(self.spec.name)))
 
-    def plan(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """Check and choose once, and return a function for the calls of one layer.
 
         Takes a whole call as example. The returned function has the weights and options bound and
         takes the rest (for `fused_gemv`: `run(x, x_scale=None, *, out=None)`). It checks nothing
-        again: pass tensors like the example's in dtype, device and layout. A later change of policy
-        does not reach it.
+        again: pass tensors like the example's in dtype, device and layout. Compiled kernels read
+        and write their memory as it is: of a negated view (`torch.Tensor.is_neg`) with the other
+        sign, of a tensor that requires grad without a derivative. A later change of policy does not
+        reach it.
 
         Raises:
             ArgumentError: the example breaks the op's contract.
@@ -207,12 +218,12 @@ class Op:
             signature=_parameters(spec, without=fixed),
             call=_arguments(spec, left_out=default),
             positional=", ".join(parameters),
+            observed=_OBSERVED,
         )
         planned = Planned(spec, entry)
         namespace = planned.namespace = {
             "_tracing": is_dynamo_compiling,
-            "_modes": torch._C._len_torch_dispatch_stack,
-            "_traces": torch._C._is_tracing,
+            **_OBSERVERS,
             "_traced": torch_ops.traced(spec, entry.backend.name, _parameters(spec)),
             "_run": entry.run,
             "_known": planned.known.get,

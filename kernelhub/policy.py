@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -44,6 +45,7 @@ class _Layer:
 
     rules: grammar.Rules
     origin: str
+    thread: int = attrs.field(factory=threading.get_ident)
     ended: bool = False
 
 
@@ -51,7 +53,7 @@ _stack: ContextVar[tuple[_Layer, ...]] = ContextVar("kernelhub_use", default=())
 _configured: _Layer | None = None
 _configured_fallback: Fallback | None = None
 _environment: tuple[_Layer | None, Fallback | None] | None = None
-_active_uses = 0
+_open: set[_Layer] = set()  # of `use` blocks, in all threads
 
 trace_key = ""
 """Text of the policy set last. Traced functions read it, so that a new policy compiles anew."""
@@ -59,7 +61,17 @@ trace_key = ""
 
 def uses_active() -> bool:
     """Whether any thread is inside a `use` block (call under `registry.lock`)."""
-    return _active_uses > 0
+    return bool(_open)
+
+
+def _forget_other_threads() -> None:
+    """A forked child has the thread that forked alone: blocks of others never end there."""
+    mine = threading.get_ident()
+    _open.intersection_update([layer for layer in _open if layer.thread == mine])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def _parse(text: str) -> grammar.Rules:
@@ -124,6 +136,13 @@ def configure(backend: str | None = None, *, fallback: Fallback | None = None) -
         _changed()
 
 
+_RUN_LATER = (
+    inspect.iscoroutinefunction,
+    inspect.isgeneratorfunction,
+    inspect.isasyncgenfunction,
+)
+
+
 class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.use("reference"):`
     """Force or prefer backends inside a block, in this thread (or task) alone.
 
@@ -137,11 +156,7 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
         self._entered: list[_Layer] = []
 
     def __call__(self, function: Any) -> Any:
-        if (
-            inspect.iscoroutinefunction(function)
-            or inspect.isgeneratorfunction(function)
-            or (inspect.isasyncgenfunction(function))
-        ):  # the block would end before the body runs
+        if any(runs_later(function) for runs_later in _RUN_LATER):  # after the block has ended
             raise PolicyError(
                 f"use({self._text!r}) cannot decorate {function.__name__}, whose body runs after "
                 "the call: put a `with` block into it"
@@ -152,17 +167,15 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
         return use(self._text)  # a decorated function may run in several threads at once
 
     def __enter__(self) -> use:
-        global _active_uses
         layer = _Layer(self._rules, f'use("{self._text}")')
         with registry.lock:
-            _active_uses += 1
+            _open.add(layer)
             self._entered.append(layer)
             _stack.set((*_alive(), layer))
             _changed()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _active_uses
         with registry.lock:
             # One object may be entered by several threads: end the block that this context entered.
             # A generator that was moved to another context has none here; its last block ends.
@@ -171,7 +184,7 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with kernelhub.us
             self._entered.remove(layer)
             layer.ended = True
             _stack.set(_alive())
-            _active_uses -= 1
+            _open.discard(layer)
             _changed()
 
 

@@ -49,7 +49,8 @@ def quantize_int4(
 
     Raises:
         ArgumentError: a dtype, shape or group size does not fit, or the weight holds a NaN, an
-            infinity, or a group whose scale is beyond `scale_dtype`.
+            infinity, a group whose scale is beyond `scale_dtype`, or a value so near the largest of
+            fp32 that its code stands for one beyond.
     """
     op = "quantize_int4"
     _check_values(op, "weight", weight, rank=2)
@@ -63,14 +64,20 @@ def quantize_int4(
     values = weight.float().reshape(*weight.shape[:-1], k // group, group)
     if zero_point:
         low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-        scale = _int4_scale(op, (high - low) / 15, scale_dtype)
+        span = high - low  # beyond fp32 where both are near its largest
+        step = torch.where(span.isfinite(), span / 15, high / 15 - low / 15)
+        scale = _int4_scale(op, step, scale_dtype)
         zero = (-low / scale.float()).round().clamp(0, 15)
     else:
         scale = _int4_scale(op, values.abs().amax(-1) / 7, scale_dtype)
         zero = torch.full_like(scale, 8, dtype=torch.float32)
     steps = (values / scale.float().unsqueeze(-1)).round()
-    codes = (steps + zero.unsqueeze(-1)).clamp(0, 15).to(torch.uint8).flatten(-2)
-    packed = pack_int4(codes, packed_dtype)
+    codes = (steps + zero.unsqueeze(-1)).clamp(0, 15)
+    for end in (codes.amin(-1), codes.amax(-1)):
+        if not bool(((end - zero) * scale.float()).isfinite().all()):
+            largest = f"values up to {float(values.abs().max()):.3g}"
+            raise ArgumentError(op, "weight", "values whose codes come back finite", largest)
+    packed = pack_int4(codes.to(torch.uint8).flatten(-2), packed_dtype)
     return packed, scale, zero.to(torch.uint8) if zero_point else None
 
 

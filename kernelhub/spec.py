@@ -15,7 +15,7 @@ from typing import Any, Literal
 import attrs
 import torch
 
-from kernelhub.errors import ArgumentError, describe
+from kernelhub.errors import ArgumentError, RegistrationError, describe
 
 Args = Any
 """The arguments of one call as attributes. Its class is generated per op (see `OpSpec.bind`)."""
@@ -276,6 +276,11 @@ class OpSpec:
 
     def __attrs_post_init__(self) -> None:
         signature = inspect.signature(self.prototype)
+        for name in signature.parameters:
+            if name.startswith("_"):  # as those of generated code do
+                raise RegistrationError(
+                    f"op '{self.name}': the parameter '{name}' begins with an underscore"
+                )
         object.__setattr__(self, "signature", signature)
         object.__setattr__(self, "bind", _args_class(self.name, signature))
         writes = ("in_place", "output")
@@ -343,7 +348,7 @@ class OpSpec:
 def _args_class(op: str, signature: inspect.Signature) -> Callable[..., Args]:
     """A slotted class with one attribute per parameter, in the order of the signature."""
     names = list(signature.parameters)
-    body = "\n        ".join(f"self.{name} = {name}" for name in names)
+    body = "\n        ".join(f"_self.{name} = {name}" for name in names)
     plain = signature.replace(
         parameters=[
             p.replace(
@@ -358,7 +363,7 @@ def _args_class(op: str, signature: inspect.Signature) -> Callable[..., Args]:
     source = (
         f"class {op}_args:\n"
         f"    __slots__ = {tuple(names)!r}\n"
-        f"    def __init__(self, {str(plain)[1:-1]}):\n        {body}\n"
+        f"    def __init__(_self, {str(plain)[1:-1]}):\n        {body}\n"
     )
     defaults = {n: p.default for n, p in signature.parameters.items()}
     namespace: dict[str, Any] = {"_defaults": defaults, "__name__": "kernelhub.spec"}
@@ -402,7 +407,7 @@ def same_storage_span(a: Any, b: Any) -> bool:
     """Whether two real tensors may share memory: the spans of bytes that they reach overlap."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
-    if not (_has_memory(a) and _has_memory(b)) or a.numel() == 0 or b.numel() == 0:
+    if not (has_memory(a) and has_memory(b)) or a.numel() == 0 or b.numel() == 0:
         return False  # fake and wrapped tensors have none to compare
     if a.device != b.device or a.device.type == "meta":
         return False
@@ -413,7 +418,9 @@ def same_storage_span(a: Any, b: Any) -> bool:
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def _has_memory(t: Any) -> bool:
+def has_memory(t: Any) -> bool:
+    """Whether a tensor is ordinary memory: one of torch's own, or of a subclass that only names it
+    otherwise, as parameters do."""
     return type(t) in _PLAIN or _is_memory(type(t))
 
 
@@ -431,7 +438,7 @@ def same_view(a: Any, b: Any) -> bool:
 
 def overlaps_itself(t: Any) -> bool:
     """Whether two indices of a tensor may reach one element (of an expanded tensor, say)."""
-    if not _has_memory(t) or t.numel() == 0 or t.is_contiguous():
+    if not has_memory(t) or t.numel() == 0 or t.is_contiguous():
         return False
     reached = 0
     sizes_strides = zip(t.shape, t.stride(), strict=True)
@@ -471,7 +478,7 @@ def check_params(spec: OpSpec, args: Args) -> Any:
             raise ArgumentError(
                 spec.name, name, "a plain tensor (call resolve_neg())", "a negated view"
             )
-        if writes and value.requires_grad:
+        if writes and (value.requires_grad or (real and value.is_inference())):
             _check_writable(spec.name, name, value)
         if value.device != device:
             if device is not None:
@@ -502,7 +509,13 @@ def _lead_device(spec: OpSpec, args: Args) -> Device:
 
 
 def _check_writable(op: str, name: str, value: Any) -> None:
-    """Torch forbids writing to a leaf that requires grad, and to a view of one."""
+    """Torch forbids writing to a leaf that requires grad, to a view of one, and to a tensor made
+    under inference_mode outside of it."""
+    if value.is_inference():
+        if not torch.is_inference_mode_enabled():
+            wanted = "a tensor that may be written to (clone it, or call under inference_mode())"
+            raise ArgumentError(op, name, wanted, "an inference tensor")
+        return
     base = getattr(value, "_base", None)
     leaf = getattr(value, "is_leaf", True) or (base is not None and base.is_leaf)
     if leaf and torch.is_grad_enabled():

@@ -16,6 +16,7 @@ import torch
 import kernelhub
 from kernelhub import _entry_points, doctor, plugins, policy, registry
 from kernelhub.backend import Backend, Implementation
+from kernelhub.backends.native import library
 from kernelhub.cli import COMMANDS
 from kernelhub.spec import Traits
 from kernelhub.testing import Outcome
@@ -235,6 +236,20 @@ class TestDoctor:
         assert "acme cannot be used here, so nothing can run fused_mul_add" in problem
         run("doctor", env={"KERNELHUB_BACKEND": "acme,auto"})
         run("doctor", env={"KERNELHUB_BACKEND": "acme,reference"})
+
+    def test_why_calls_go_through_ctypes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert run_json("doctor")["binding"]["missing"] == list(library.why_not_fast())
+        reasons = (
+            "torch 2.9.1 has no DLPack exchange interface: 2.10 or later has",
+            "no g++: get it",
+        )
+        monkeypatch.setattr(library, "why_not_fast", lambda: reasons)
+        report = run_json("doctor")
+        assert report["ok"]
+        assert report["binding"] == {"missing": list(reasons)}
+        output = " ".join(run("doctor").output.split())
+        slower = "missing calls of compiled kernels go through ctypes, which takes longer:"
+        assert " ".join((slower, *reasons)) in output
 
     def test_failed_plugins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         unreadable = plugins.Problem("?", "?", "odd in /x: unreadable entry points: [")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
+import linecache
 import logging
 import subprocess
 import sys
@@ -272,6 +274,19 @@ def test_plan_binds_the_fixed_and_keeps_its_choice(add_backend) -> None:  # type
     assert float(run(*call()[:2])[0]) == 7.0
     with kernelhub.use("toy"):
         assert float(op.plan(*call())(*call()[:2])[0]) == 42.0
+
+
+def test_a_plan_that_has_gone_leaves_nothing() -> None:
+    def sources() -> list[str]:
+        gc.collect()
+        return [name for name in linecache.cache if name.startswith("<kernelhub ")]
+
+    before = sources()
+    run = op.plan(*call())
+    made = [linecache.getline(name, 1) for name in sources() if name not in before]
+    assert any(line.startswith("def fused_mul_add_plan(") for line in made)
+    del run
+    assert sources() == before
 
 
 def test_nothing_happens_at_import() -> None:

@@ -101,3 +101,4 @@ def test_under_torchrun_and_models_of_other_kinds(tmp_path: Path) -> None:
     for rank in range(2):
         for model in ("llama", "qwen3_moe"):
             assert len(re.findall(f"rank {rank}: {model}, (?:whole|sliced), ", printed)) == 2
+        assert f"rank {rank}: sharded, " in printed

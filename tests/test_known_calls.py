@@ -61,6 +61,11 @@ def _padded(t: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(t.float(), (0, 3)).to(t.dtype)[..., : t.shape[-1]]
 
 
+def _made_in_inference_mode(t: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
 TENSORS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda t: t.to(torch.float64),
     lambda t: t.to(torch.int32),
@@ -75,6 +80,7 @@ TENSORS: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda t: t.to("meta"),
     lambda t: t.to_sparse(),
     torch._neg_view,
+    _made_in_inference_mode,
     lambda t: t.clone().requires_grad_(),
     lambda t: t.clone().requires_grad_().view_as(t),
     lambda t: torch.nn.Parameter(t.clone(), requires_grad=t.is_floating_point()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import kernelhub
-from kernelhub import BackendUnavailable, PolicyError
+from kernelhub import BackendUnavailable, PolicyError, function
 from kernelhub.backend import Backend, Implementation
 from tests.toys import OP, backend, call, constant
 
@@ -215,6 +216,44 @@ def test_fork_while_another_thread_dispatches() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_amid_anothers_block_keeps_what_it_chooses() -> None:
+    inside, leave = threading.Event(), threading.Event()
+    by_device = function._ops[OP].table.by_device
+
+    def other() -> None:
+        with kernelhub.use("one"):
+            inside.set()
+            leave.wait()
+
+    def kept() -> bool:
+        return value() == 2.0 and bool(by_device)
+
+    def alone() -> bool:
+        first = kept()
+        with kernelhub.use("three"):
+            return first and value() == 3.0 and not by_device
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    try:
+        assert value() == 2.0
+        assert not by_device
+        for own in (False, True):
+            with kernelhub.use("three") if own else contextlib.nullcontext():
+                child = os.fork()
+                right = value() == (3.0 if own else 2.0) and not (own and by_device)
+            if child == 0:
+                os._exit(0 if right and alone() and kept() else 1)
+            assert _wait(child, 20.0) == 0
+    finally:
+        leave.set()
+        thread.join()
+    assert kept()
 
 
 def _wait(child: int, seconds: float) -> int | None:

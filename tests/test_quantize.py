@@ -201,6 +201,26 @@ def test_zeros_stay_zeros_and_scales_stay_finite(dtype: torch.dtype) -> None:
     assert x.float()[1].tolist() == [448] * 64
 
 
+@pytest.mark.parametrize("ends", [(-3e38, 3e38), (-3.2e38, 1e38), (-1e38, 3.2e38)])
+def test_a_span_beyond_fp32(ends: tuple[float, float]) -> None:
+    low, high = torch.tensor(ends)
+    share = torch.linspace(0, 1, 32)
+    w = (low * (1 - share) + high * share).expand(1, 32)
+    packed, scale, zero = q.quantize_int4(w, 32, zero_point=True)
+    back = q.dequantize_int4(packed, scale, zero)
+    error = (back.double() - w.double()).abs() / scale.double()
+    assert 0.4 < error.max() <= 0.5 + 1e-5
+
+
+def test_a_code_that_stands_for_infinity_is_refused() -> None:
+    largest = torch.finfo(torch.float32).max
+    w = torch.full((1, 32), largest)
+    w[:, 0] = -largest
+    with pytest.raises(ArgumentError, match=r"'weight': .* come back finite, got .* 3\.4e\+38"):
+        q.quantize_int4(w, 32, zero_point=True)
+    q.quantize_int4(w, 32)
+
+
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-30, 3e38])
 def test_extreme_sizes(size: float) -> None:
     w = torch.full((1, 64), size)

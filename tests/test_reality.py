@@ -54,6 +54,43 @@ def test_what_overlaps_is_refused_in_subclasses_too() -> None:
         ops.rotary_embedding(positions, both, both, 8, cache)
 
 
+@pytest.mark.parametrize("backend", ["reference", "simt"])
+def test_inference_tensors_are_written_to_in_inference_mode_alone(backend: str) -> None:
+    """As torch has it, but refused before anything is written."""
+    with torch.inference_mode():
+        out, query, key = torch.zeros(3), torch.ones(1, 8), torch.ones(1, 8)
+    mul_add = ops.fused_mul_add.on(backend)
+    rotate = ops.rotary_embedding.on(backend)
+    positions, cache, x = torch.ones(1, dtype=torch.int64), torch.full((2, 8), 0.5), torch.ones(3)
+
+    def calls(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Any]:
+        return [
+            lambda: mul_add(x, x, 2.0, out=out),
+            lambda: rotate(positions, query, torch.ones(1, 8), 8, cache),
+            lambda: rotate(positions, torch.ones(1, 8), key, 8, cache),
+        ]
+
+    for name, call, alike in zip(
+        ("out", "query", "key"),
+        calls(out, query, key),
+        calls(out.clone(), query.clone(), key.clone()),
+        strict=True,
+    ):
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                alike()  # a known call from the third on
+                alike()
+                with pytest.raises(ArgumentError, match=f"argument '{name}': .*clone it, or call"):
+                    call()
+        alike()
+    assert (out.tolist(), query.tolist(), key.tolist()) == ([0.0] * 3, [[1.0] * 8], [[1.0] * 8])
+    with torch.inference_mode():
+        for call in calls(out, query, key) * 2:
+            call()
+    assert out.tolist() == [3.0] * 3
+    assert 1.0 not in query.tolist()[0] + key.tolist()[0]
+
+
 @pytest.mark.parametrize("tracer", ["make_fx", "jit.trace"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
 def test_a_plan_is_seen_by_tracers(tracer: str) -> None:

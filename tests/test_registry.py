@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import pytest
 import torch
@@ -12,6 +14,7 @@ from kernelhub import compile as torch_ops
 from kernelhub import contracts, function, plugins, registry
 from kernelhub.backend import Backend, Implementation
 from kernelhub.errors import RegistrationError, UnknownName
+from kernelhub.spec import Cost, OpSpec, Param, TensorDesc
 from tests.toys import OP, backend, call, constant
 
 
@@ -215,3 +218,93 @@ def test_an_op_from_outside_runs_and_leaves() -> None:
         function.remove("other_op")
     with pytest.raises(UnknownName):
         kernelhub.op("other_op")
+
+
+def _minimal(prototype: Any, *params: Param) -> OpSpec:
+    """The prototype is its own reference; the result is like the first parameter."""
+    first = params[0].name
+    return OpSpec(
+        prototype=prototype,
+        params=params,
+        check=lambda args: None,
+        outputs=lambda args: (TensorDesc.like(getattr(args, first)),),
+        reference=prototype,
+        oracle=lambda args, chain: (),
+        cases=lambda: iter(()),
+        cost=lambda args: Cost(0, 0, 0),
+        device_param=first,
+    )
+
+
+FLOATS = [torch.float32]
+
+
+def awkward(self, run, error=3.0, *, result=None, isinstance=1.0, out=None):  # type: ignore[no-untyped-def]
+    """Parameters called as generated code might call its own."""
+    made = self * run * isinstance + error + (0 if result is None else result)
+    return made if out is None else out.copy_(made)
+
+
+AWKWARD = _minimal(
+    awkward,
+    Param("self", dtypes=FLOATS),
+    Param("run", dtypes=FLOATS, fixed=True),
+    Param("error", dtypes=FLOATS, types=(float,), fixed=True),
+    Param("result", dtypes=FLOATS, optional=True),
+    Param("isinstance", "attribute", types=(float,), fixed=True),
+    Param("out", "output", dtypes=FLOATS, optional=True),
+)
+
+
+def test_parameters_of_any_name(add_backend: Any) -> None:
+    op = function.add(AWKWARD)
+    try:
+        prepared = Implementation("awkward", prepare=lambda a: lambda *values: awkward(*values[:3]))
+        add_backend(Backend("toy", (prepared,), automatic=False))
+        x, y = torch.full((3,), 2.0), torch.full((3,), 5.0)
+        expected = torch.full((3,), 13.0)
+        compiled = torch.compile(lambda a: op(self=a, run=y), backend="aot_eager", fullgraph=True)
+        with kernelhub.use("toy"):
+            plan = op.plan(self=x, run=y)
+        runs = (
+            op,
+            op.on("reference"),
+            op.on("toy"),
+            lambda *given: plan(x),
+            lambda *_: compiled(x),
+        )
+        for run in runs:
+            for _ in range(3):
+                assert torch.equal(run(x, y), expected)
+        assert op.explain(self=x, run=y, error=1.0).backend == "reference"
+        assert torch.equal(op(self=x, run=y, error=y, result=x, out=torch.empty(3)), expected + 4)
+        for call in (op, compiled):
+            x.requires_grad_(True).grad = None
+            (call(x, y) if call is op else call(x)).sum().backward()
+            assert x.grad is not None
+            assert torch.equal(x.grad, y)
+        with pytest.raises(RuntimeError, match="size") as caught:
+            op(self=torch.ones(2), run=y, error=1.0, result=x)
+        assert caught.value.kernelhub_selection.backend == "reference"  # type: ignore[attr-defined]
+    finally:
+        function.remove("awkward")
+
+
+def test_parameters_whose_names_generated_code_has_are_refused() -> None:
+    def with_backend(x, backend):  # type: ignore[no-untyped-def]
+        """The torch op has a parameter of that name."""
+
+    def with_tensor(x, x_tensor):  # type: ignore[no-untyped-def]
+        """So would this one's."""
+
+    def with_underscore(_key):  # type: ignore[no-untyped-def]
+        """Names in generated code begin so."""
+
+    before = registry.specs()
+    either = Param("x", dtypes=FLOATS, types=(float,))
+    for prototype, name in ((with_backend, "backend"), (with_tensor, "x_tensor")):
+        with pytest.raises(RegistrationError, match=f"two parameters '{name}'"):
+            function.add(_minimal(prototype, either, Param(name, dtypes=FLOATS)))
+    with pytest.raises(RegistrationError, match="'_key' begins with an underscore"):
+        _minimal(with_underscore, Param("_key", dtypes=FLOATS))
+    assert registry.specs() == before

@@ -260,10 +260,10 @@ typedef struct {
   const dl_exchange* exchange;
   PyObject* capsule;
   PyObject *tensor_type, *parameter_type, *dtype_type;
-  PyObject *requires_grad, *is_neg;  // of the tensor type: a property and a method
-  PyObject* grad_enabled;            // whether grad mode is on
-  PyObject* watchers;                // a tuple: where one returns something true, there is no key
-  PyObject *forward_ad, *level;      // module and name of its level, -1 where there is none
+  PyObject *requires_grad, *version, *is_neg;  // of the tensor type: two properties, a method
+  PyObject *grad_enabled, *inference_mode;     // whether these are on
+  PyObject* watchers;            // a tuple: where one returns something true, there is no key
+  PyObject *forward_ad, *level;  // module and name of its level, -1 where there is none
   int checks;
   Py_ssize_t num_fields;
   char roles[kMaxFields];  // 'w' is written to; of 'n' a number's type is told, not the number
@@ -273,6 +273,12 @@ typedef struct {
   size_t size;
   char bytes[kMostKeyBytes];
 } Text;
+
+// What is found out of a call on the way.
+typedef struct {
+  int wants_grad;      // whether a tensor requires grad
+  int inference_mode;  // whether it is on, -1 before it is asked
+} Found;
 
 // The size goes past the end where there is no more room.
 static void put(Text* to, const void* from, size_t size) {
@@ -300,9 +306,8 @@ static int as_bool(PyObject* found) {
   return result;
 }
 
-static int requires_grad(const Key* self, PyObject* tensor) {
-  const descrgetfunc get = Py_TYPE(self->requires_grad)->tp_descr_get;
-  return as_bool(get(self->requires_grad, tensor, (PyObject*)Py_TYPE(tensor)));
+static PyObject* property_of(PyObject* tensor, PyObject* property) {
+  return Py_TYPE(property)->tp_descr_get(property, tensor, (PyObject*)Py_TYPE(tensor));
 }
 
 // 1 where nothing follows or transforms torch's ops, in this thread or, of forward mode, in any.
@@ -319,18 +324,31 @@ static int is_quiet(const Key* self) {
   return none;
 }
 
+// 1, or 0 where torch forbids to write to a tensor: outside of inference mode to those made in it,
+// which alone have no version.
+static int is_writable(const Key* self, PyObject* value, Found* found) {
+  if (found->inference_mode < 0) {
+    found->inference_mode = as_bool(PyObject_CallNoArgs(self->inference_mode));
+    if (found->inference_mode < 0) return 0;
+  }
+  if (found->inference_mode) return 1;
+  PyObject* version = property_of(value, self->version);
+  Py_XDECREF(version);
+  return version != NULL;
+}
+
 // 1, or 0 where the checks would have more to say of a tensor than a key tells.
-static int is_plain(const Key* self, PyObject* value, char role, int* wants_grad) {
-  const int with_grad = requires_grad(self, value);
-  if (with_grad != 0 && (with_grad < 0 || role == 'w')) return 0;
-  *wants_grad |= with_grad;
+static int is_plain(const Key* self, PyObject* value, char role, Found* found) {
+  const int with_grad = as_bool(property_of(value, self->requires_grad));
+  if (with_grad < 0 || (role == 'w' && (with_grad || !is_writable(self, value, found)))) return 0;
+  found->wants_grad |= with_grad;
   return as_bool(PyObject_CallOneArg(self->is_neg, value)) == 0;
 }
 
-// 1, or 0 where the tensor is not plain memory. `wants_grad` is set where it requires grad.
+// 1, or 0 where the tensor is not plain memory.
 static int put_tensor(const Key* self, PyObject* value, char role, Text* to, dl_tensor* t,
-                      int* wants_grad) {
-  if ((self->checks && !is_plain(self, value, role, wants_grad)) ||
+                      Found* found) {
+  if ((self->checks && !is_plain(self, value, role, found)) ||
       self->exchange->tensor_from_object(value, t) != 0 || t->ndim > kMostDims)
     return 0;
   put_char(to, 'T');
@@ -392,21 +410,21 @@ static PyObject* key_of(PyObject* callable, PyObject* const* values, size_t flag
   }
   Text text;
   text.size = 0;
-  int wants_grad = 0;
+  Found found = {0, -1};
   dl_tensor tensors[kMaxFields];
   uintptr_t begin[kMaxFields], end[kMaxFields];
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* type = (PyObject*)Py_TYPE(values[i]);
     const int is_tensor = type == self->tensor_type || type == self->parameter_type;
     begin[i] = end[i] = 0;
-    if (!(is_tensor ? put_tensor(self, values[i], self->roles[i], &text, &tensors[i], &wants_grad)
+    if (!(is_tensor ? put_tensor(self, values[i], self->roles[i], &text, &tensors[i], &found)
                     : put_plain(self, values[i], self->roles[i], &text))) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
     if (is_tensor) end[i] = end_of(&tensors[i], &begin[i]);
   }
-  if (wants_grad) {
+  if (found.wants_grad) {
     const int enabled = as_bool(PyObject_CallNoArgs(self->grad_enabled));
     if (enabled < 0) {
       PyErr_Clear();
@@ -434,8 +452,10 @@ static void key_dealloc(PyObject* object) {
   Py_XDECREF(self->parameter_type);
   Py_XDECREF(self->dtype_type);
   Py_XDECREF(self->requires_grad);
+  Py_XDECREF(self->version);
   Py_XDECREF(self->is_neg);
   Py_XDECREF(self->grad_enabled);
+  Py_XDECREF(self->inference_mode);
   Py_XDECREF(self->watchers);
   Py_XDECREF(self->forward_ad);
   Py_XDECREF(self->level);
@@ -443,15 +463,17 @@ static void key_dealloc(PyObject* object) {
 }
 
 static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
-  static char* names[] = {"roles",    "tensor_type", "parameter_type", "dtype_type", "grad_enabled",
-                          "watchers", "forward_ad",  "checks",         NULL};
-  PyObject *tensor_type, *parameter_type, *dtype_type, *grad_enabled, *watchers, *forward_ad;
+  static char* names[] = {
+      "roles",          "tensor_type", "parameter_type", "dtype_type", "grad_enabled",
+      "inference_mode", "watchers",    "forward_ad",     "checks",     NULL};
+  PyObject *tensor_type, *parameter_type, *dtype_type, *grad_enabled, *inference_mode, *watchers;
+  PyObject* forward_ad;
   const char* roles;
   Py_ssize_t num_fields;
   int checks;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOOOO!Op", names, &roles, &num_fields,
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#OOOOOO!Op", names, &roles, &num_fields,
                                    &tensor_type, &parameter_type, &dtype_type, &grad_enabled,
-                                   &PyTuple_Type, &watchers, &forward_ad, &checks))
+                                   &inference_mode, &PyTuple_Type, &watchers, &forward_ad, &checks))
     return NULL;
   if (num_fields > kMaxFields) {
     PyErr_SetString(PyExc_ValueError, "too many arguments");
@@ -472,20 +494,24 @@ static PyObject* key_new(PyTypeObject* type, PyObject* args, PyObject* keywords)
   self->parameter_type = Py_NewRef(parameter_type);
   self->dtype_type = Py_NewRef(dtype_type);
   self->requires_grad = PyObject_GetAttrString(tensor_type, "requires_grad");
+  self->version = PyObject_GetAttrString(tensor_type, "_version");
   self->is_neg = PyObject_GetAttrString(tensor_type, "is_neg");
   self->grad_enabled = Py_NewRef(grad_enabled);
+  self->inference_mode = Py_NewRef(inference_mode);
   self->watchers = Py_NewRef(watchers);
   self->forward_ad = Py_NewRef(forward_ad);
   self->level = PyUnicode_InternFromString("_current_level");
   self->checks = checks;
   self->num_fields = num_fields;
   memcpy(self->roles, roles, num_fields);
-  if (self->requires_grad == NULL || self->is_neg == NULL || self->level == NULL) {
+  if (self->requires_grad == NULL || self->version == NULL || self->is_neg == NULL ||
+      self->level == NULL) {
     Py_DECREF(self);
     return NULL;
   }
-  if (Py_TYPE(self->requires_grad)->tp_descr_get == NULL) {
-    PyErr_SetString(PyExc_RuntimeError, "requires_grad of this torch is no property");
+  if (Py_TYPE(self->requires_grad)->tp_descr_get == NULL ||
+      Py_TYPE(self->version)->tp_descr_get == NULL) {
+    PyErr_SetString(PyExc_RuntimeError, "requires_grad or _version of this torch is no property");
     Py_DECREF(self);
     return NULL;
   }

@@ -52,6 +52,9 @@ def _print(report: Report) -> None:
         row(compiler.name, state, f"{compiler.version} {compiler.path}".strip(), compiler.missing)
     rows.add_row(text("libraries", "bold"))
     row("cache", "unusable" if report.cache.fault else "", report.cache.path, report.cache.fault)
+    if report.binding.missing:
+        slower = "calls of compiled kernels go through ctypes, which takes longer:"
+        row("binding", "missing", slower, *report.binding.missing)
     for library in report.libraries:
         state = "unfit" if library.fault else library.origin
         made = f" with {library.compiler}" if library.compiler else ""

@@ -13,8 +13,10 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from kernelhub.integrations.transformers import accelerate
+from kernelhub.integrations.transformers import Census, accelerate
 from tests.integrations.models import make, say
 
 PATH = Path(__file__).parents[2] / "examples" / "distributed.py"
@@ -53,7 +55,24 @@ def main() -> None:
             assert torch.equal(said.tokens, expected.tokens)
             assert 0 < said.error(expected) < 1e-5
             print(f"rank {dist.get_rank()}: {family}, {experts}, {said.error(expected):.1e}")
+    sharded()
     dist.destroy_process_group()
+
+
+def sharded() -> None:
+    """FSDP: a layer's weights are plain, and whole, while it is called."""
+    ids, model = torch.arange(1, 5)[None], make("llama")
+    with accelerate(model):
+        expected = say(model, ids)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    census = Census()
+    with accelerate(model, census=census):
+        said = say(model, ids)
+    assert torch.equal(said.tokens, expected.tokens)
+    assert {"linear", "query, key and value"} <= {row.place for row in census.rows}
+    assert {row.backend for row in census.rows} == {"reference"}
+    print(f"rank {dist.get_rank()}: sharded, {said.error(expected):.1e}")
 
 
 if __name__ == "__main__":

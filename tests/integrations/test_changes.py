@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm
+from torch.utils._pytree import tree_map_only
 from transformers import StaticCache
 
 from kernelhub.integrations.transformers import accelerate, quantize
@@ -183,6 +184,58 @@ def test_a_copy_made_inside_is_stock_and_can_be_accelerated(family: str) -> None
             assert off(duplicate(IDS).logits, stock) <= LIMIT
     with accelerate(model) as own:
         assert accelerated.stock == own.stock
+
+
+class Coded(Tensor):
+    """Numbers in another form, as libraries that quantise have them: torch's ops alone read it."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Coded:
+        made: Coded = Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "aten":
+            return NotImplemented
+        plain = tree_map_only(cls, lambda t: t.values, (args, kwargs or {}))
+        result = func(*plain[0], **plain[1])
+        return cls(result) if func is torch.ops.aten.detach.default else result
+
+
+class Weight(nn.Parameter):
+    """As serving engines have them."""
+
+
+CODED = {
+    "llama": ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"),
+    "mixtral": ("self_attn.q_proj", "mlp.experts"),
+}
+
+
+@pytest.mark.parametrize("family", CODED)
+def test_weights_that_are_no_plain_memory(family: str) -> None:
+    model = make(family).requires_grad_(False)
+    for name in CODED[family]:
+        module = model.model.layers[0].get_submodule(name)
+        for leaf in ("weight", "gate_up_proj"):
+            if hasattr(module, leaf):
+                coded = nn.Parameter(Coded(getattr(module, leaf).data), requires_grad=False)
+                setattr(module, leaf, coded)
+        other = model.model.layers[1].get_submodule(name)
+        if isinstance(other, nn.Linear):
+            other.weight = Weight(other.weight.data, requires_grad=False)
+    with torch.no_grad():
+        stock = model(IDS).logits
+        with accelerate(model) as accelerated:
+            assert off(model(IDS).logits, stock) <= LIMIT
+    reason = "its weight, a Coded, is no plain memory"
+    refused = {layer.name for layer in accelerated.stock if layer.why.endswith(reason)}
+    expected = {f"model.layers.0.{name}" for name in CODED[family]}
+    assert refused == expected | ({"model.layers.0.mlp"} if family == "llama" else set())
 
 
 def test_output_layers_of_any_name_keep_their_weights() -> None:

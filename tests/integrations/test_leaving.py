@@ -130,6 +130,21 @@ def test_models_of_one_configuration() -> None:
     assert (state(one), state(two)) == before
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_a_configuration_that_another_takes_the_place_of(duplicate: Any) -> None:
+    model = make("mixtral")
+    own, stock = model.config, say(model)
+    with accelerate(model):
+        inside = say(model)
+        model.config = duplicate(own)
+        assert torch.equal(say(model).logits, inside.logits)
+    assert own._experts_implementation == "grouped_mm"
+    assert torch.equal(say(model).logits, stock.logits)
+    model.config = own
+    with accelerate(model):
+        assert torch.equal(say(model).logits, inside.logits)
+
+
 def test_copies_are_stock_and_pickles_are_refused() -> None:
     model = make("qwen3_moe")
     stock = say(model)

@@ -100,6 +100,20 @@ def test_saved_and_loaded(family: str, scheme: str, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
+def test_the_attention_is_kept(attention: str, tmp_path: Path) -> None:
+    model = make("llama", BF16)
+    quantize(model, "int4")
+    chosen = "sdpa" if attention == "flash_attention_2" else attention
+    model.set_attn_implementation(chosen)
+    said = say(model)
+    model.config._attn_implementation = attention
+    save_quantized(model, tmp_path)
+    loaded = load_quantized(tmp_path)
+    assert loaded.config._attn_implementation == chosen
+    assert torch.equal(say(loaded).logits, said.logits)
+
+
 def test_accelerate_counts_quantised_layers_and_leaves_them() -> None:
     model = make("qwen3_moe", BF16)
     quantize(model, "int4")

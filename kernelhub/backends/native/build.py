@@ -29,18 +29,25 @@ logger = logging.getLogger("kernelhub")
 
 LIBRARY_PATH_VARIABLE = "KERNELHUB_LIBRARY_PATH"
 
-_lock = threading.Lock()
+
+class Lock:
+    """A lock that a forked child finds free: the thread that held it is not there to let go."""
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        with self._lock:
+            yield
 
 
-def _unlock_child() -> None:
-    """A child forked while another thread builds would wait for it forever."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_child)
-
+_lock = Lock()
 _done: dict[tuple[Platform, str], Path | BuildError] = {}
 
 
@@ -50,7 +57,7 @@ def ensure(platform: Platform, arch: str) -> Path:
     Raises `BuildError` where there is none and none can be built; a second call raises the same
     error and does not try again.
     """
-    with _lock:
+    with _lock.held():
         key = (platform, arch)
         if key not in _done:
             try:
@@ -90,7 +97,7 @@ def build(
     Raises `BuildError`.
     """
     library = _cached_or_built(platform, arch, force=force)
-    with _lock:
+    with _lock.held():
         _done.pop((platform, arch), None)  # an earlier failure is out of date
     if output is None:
         return library

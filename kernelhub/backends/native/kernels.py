@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,18 +16,7 @@ from kernelhub.backends.native.library import Launcher, Library, StreamOf
 from kernelhub.backends.native.platform import Platform
 from kernelhub.spec import contiguous_strides
 
-_lock = threading.Lock()
-
-
-def _unlock_child() -> None:
-    """A child forked while another thread builds would wait for it forever."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_child)
-
+_lock = build.Lock()
 
 written: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
 """Tells autograd that tensors were written to: what `torch.autograd.graph.increment_version` calls,
@@ -96,7 +83,7 @@ class Kernels:
     def library(self, device: Any) -> Library:
         """The library for a device's architecture; built and loaded on first use."""
         arch = self.arch_of(device)
-        with _lock:
+        with _lock.held():
             if arch not in self._libraries:
                 path = build.ensure(self.platform, arch)
                 library = Library(path, self.platform.name)

@@ -150,6 +150,7 @@ def _key_of(binding: Any, spec: OpSpec, checks: bool = True) -> dispatch.KeyOf:
         parameter_type=torch.nn.Parameter,
         dtype_type=torch.dtype,
         grad_enabled=torch.is_grad_enabled,
+        inference_mode=torch.is_inference_mode_enabled,
         watchers=dispatch.WATCHERS,
         forward_ad=forward_ad,
         checks=checks,

@@ -156,8 +156,8 @@ def _place(user: Accelerated, family: Family, undo: ExitStack) -> Iterator[Layer
             patch(family.module, name, attention.rotary)
     patch(ALL_ATTENTION_FUNCTIONS, "get_interface", attention.attention_function)
     if placed:
-        experts.add(user.model, placed, user)
-        undo.callback(experts.remove, user.model, placed, user)
+        switched = experts.add(user.model, placed, user)
+        undo.callback(experts.remove, switched, placed, user)
 
 
 def _projections(module: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

@@ -131,18 +131,19 @@ class Projection:
 def projections(attention: nn.Module) -> Projections | None:
     """The projections of a module as one; None where they cannot be."""
     parts: list[Any] = [getattr(attention, name, None) for name in PROJECTIONS]
-    if not all(type(part) in (nn.Linear, QuantizedLinear) for part in parts):
+    if any(map(_apart, parts)) or len({_kind(part) for part in parts}) > 1:
         return None
-    if any(families.replaced(part) for part in parts):
-        return None
-    if len({_kind(part) for part in parts}) > 1:
-        return None
-    if parts[0].weight.dtype is torch.float8_e4m3fn:  # scales of blocks: none may cross a border
-        if any(part.weight.shape[0] % _BLOCK for part in parts[:-1]):
-            return None
-    elif type(parts[0]) is nn.Linear and parts[0].weight.dtype not in FLOATS:
+    in_blocks = parts[0].weight.dtype is torch.float8_e4m3fn  # with scales: none crosses a border
+    if in_blocks and any(part.weight.shape[0] % _BLOCK for part in parts[:-1]):
         return None
     return Projections(parts)
+
+
+def _apart(part: Any) -> bool:
+    """Whether a projection, or what stands for one, shares a product with no other."""
+    if type(part) is QuantizedLinear:
+        return families.replaced(part)
+    return not isinstance(part, nn.Linear) or bool(families.linear_refusal(part))
 
 
 def _kind(part: Any) -> tuple[Any, ...]:
@@ -299,11 +300,7 @@ def _once(name: str, make: Callable[..., Any], *given: Any) -> Any:
         *(value for value in given if not isinstance(value, Tensor)),
     )
     kept = getattr(_inside, name, None)
-    if (
-        kept is not None
-        and kept.state == state
-        and all(ref() is t for ref, t in zip(kept.of, of, strict=True))
-    ):
+    if kept is not None and kept.state == state and layers.same(kept.of, of):
         return kept.made
     made = make(*given)
     setattr(_inside, name, _Kept(tuple(weakref.ref(t) for t in of), state, made))

@@ -50,8 +50,11 @@ _switched: dict[int, _Switched] = {}
 _users: dict[int, tuple[Any, ...]] = {}  # of an experts module
 
 
-def add(model: Any, modules: Sequence[nn.Module], user: Any) -> None:
-    """Let the experts modules of a model run through the op for `user`."""
+def add(model: Any, modules: Sequence[nn.Module], user: Any) -> _Switched:
+    """Let the experts modules of a model run through the op for `user`.
+
+    Returns what `remove` takes: the model may have another configuration by then.
+    """
     with lock:
         switched = _switched.get(id(model.config))
         if switched is None:
@@ -63,9 +66,10 @@ def add(model: Any, modules: Sequence[nn.Module], user: Any) -> None:
         switched.count += 1
         for module in modules:
             _users[id(module)] = (*_users.get(id(module), ()), user)
+        return switched
 
 
-def remove(model: Any, modules: Sequence[nn.Module], user: Any) -> None:
+def remove(switched: _Switched, modules: Sequence[nn.Module], user: Any) -> None:
     """Let go of what `add` gave."""
     with lock:
         for module in modules:
@@ -73,11 +77,10 @@ def remove(model: Any, modules: Sequence[nn.Module], user: Any) -> None:
             users.remove(user)
             if users:
                 _users[id(module)] = tuple(users)
-        switched = _switched[id(model.config)]
         switched.count -= 1
         if switched.count == 0:
-            del _switched[id(model.config)]
-            model.set_experts_implementation(switched.before)
+            del _switched[id(switched.config)]
+            switched.config._experts_implementation = switched.before
 
 
 def forward(
@@ -100,7 +103,7 @@ def forward(
 def _alone(module: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     why = families.experts_refusal(module)
     if why:
-        op, expected = f"experts_implementation={NAME!r}", "experts of SwiGLU without biases"
+        op, expected = f"experts_implementation={NAME!r}", "experts that fused_moe_gemv can run"
         raise ArgumentError(op, type(module).__name__, expected, why)
     weights = (module.gate_up_proj, None), (module.down_proj, None)
     return layers.expert_layers((), x, topk_ids, topk_weights, *weights)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from kernelhub.errors import ArgumentError
 from kernelhub.integrations.transformers import patches
+from kernelhub.spec import has_memory
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# No plain memory, and taken: the ops know fakes, and FSDP puts a plain weight in the place of its
+# own for each call.
+_TAKEN: tuple[type, ...] = (FakeTensor,)
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    _TAKEN += (DTensor,)
 
 
 @attrs.frozen
@@ -154,7 +164,8 @@ def experts_refusal(experts: nn.Module) -> str:
         return "its experts have biases"
     if getattr(layout, "has_post_expert_norm", False):  # not in every version
         return "it normalises each expert's output"
-    return _activation_refusal(experts)
+    weights = layout.gate_up_proj, layout.down_proj
+    return next(filter(None, map(_weight_refusal, weights)), "") or _activation_refusal(experts)
 
 
 def _activation_refusal(module: Any) -> str:
@@ -176,9 +187,18 @@ def linear_refusal(linear: nn.Linear) -> str:
     """Why an `nn.Linear` cannot run through GEMV; empty where it can."""
     if type(linear) is not nn.Linear:
         return "what this subclass of nn.Linear adds is not known"
-    if linear.weight.dtype not in FLOATS:
-        return f"weight of {str(linear.weight.dtype).removeprefix('torch.')}"
-    return "its forward has been replaced" if replaced(linear) else ""
+    return _weight_refusal(linear.weight) or (
+        "its forward has been replaced" if replaced(linear) else ""
+    )
+
+
+def _weight_refusal(weight: Tensor) -> str:
+    """Why the ops cannot take a weight."""
+    if weight.dtype not in FLOATS:
+        return f"weight of {str(weight.dtype).removeprefix('torch.')}"
+    if not (has_memory(weight) or isinstance(weight, _TAKEN)):
+        return f"its weight, a {type(weight).__name__}, is no plain memory"
+    return ""
 
 
 def replaced(module: nn.Module) -> bool:
@@ -187,9 +207,7 @@ def replaced(module: nn.Module) -> bool:
     if found is None or isinstance(found, patches.Patch):
         return False
     # Of a copy that was made of an accelerated module: its class's own.
-    return getattr(found, "__self__", None) is not module or getattr(
-        found, "__func__", None
-    ) is not getattr(type(module), "forward", None)
+    return bool(found != MethodType(type(module).forward, module))
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -78,7 +78,7 @@ class Joined:
         tensors = _tensors(layers)
         state = [(t.data_ptr(), t.device, t.dtype, version(t)) for t in tensors]
         made = self._made
-        if made is None or made[1] != state or not _same(made[0], tensors):
+        if made is None or made[1] != state or not same(made[0], tensors):
             if capturing(tensors[0].device):
                 return join(*layers)  # it has no numbers before the graph is replayed
             of = tuple(map(weakref.ref, tensors))
@@ -114,7 +114,8 @@ class Joined:
             self.held = None
 
 
-def _same(of: Iterable[Any], tensors: Iterable[Tensor]) -> bool:
+def same(of: Iterable[Any], tensors: Iterable[Tensor]) -> bool:
+    """Whether these are the very tensors that weak references are of."""
     return all(ref() is t for ref, t in zip(of, tensors, strict=True))
 
 
@@ -201,16 +202,15 @@ class GateUp:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call of a module runs hooks: its own, or those of all modules."""
-    of_all = torch_module
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or of_all._global_forward_hooks
-        or of_all._global_forward_pre_hooks
-        or of_all._global_backward_hooks
-        or of_all._global_backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
@@ -345,7 +345,7 @@ def _without_factor(router: nn.Module) -> Any:
     return twin
 
 
-def _changed(router: nn.Module, twin: nn.Module) -> bool:
+def _out_of_date(twin: nn.Module, router: nn.Module) -> bool:
     """Whether an attribute has been set since the twin was made, or the router is another."""
     own, of_twin = vars(router), vars(twin)
     return any(of_twin.get(name) is not own[name] for name in own if name != _FACTOR)
@@ -370,7 +370,7 @@ class SharedExperts:
         if why:
             ran_stock(censuses_of(users), "fused_mul_add", place, why)
             return patch.stock(x)  # type: ignore[no-any-return]
-        if not torch.compiler.is_compiling() and _changed(block.gate, self._router):
+        if not torch.compiler.is_compiling() and _out_of_date(self._router, block.gate):
             self._router = _without_factor(block.gate)
         _, topk_weights, topk_ids = self._router(x)
         routed = block.experts(x.view(-1, x.shape[-1]), topk_ids, topk_weights).view(x.shape)

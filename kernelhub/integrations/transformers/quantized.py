@@ -25,6 +25,7 @@ Scheme = Literal["int4", "fp8"]
 
 _FILE = "quantized.safetensors"
 _FORMAT = 1
+_ATTENTION = ("eager", "sdpa")  # implementations that are always there
 _DTYPES = (torch.bfloat16, torch.float16)
 _GROUPS = (128, 64, 32)
 
@@ -265,7 +266,12 @@ def save_quantized(model: Any, directory: str | Path) -> None:
     model.config.save_pretrained(directory)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)
-    about = {"format": _FORMAT, "model": type(model).__name__, "layers": kinds}
+    about = {
+        "format": _FORMAT,
+        "model": type(model).__name__,
+        "layers": kinds,
+        "attention": model.config._attn_implementation,  # its configuration does not say
+    }
     safetensors.torch.save_file(
         {name: t.detach().contiguous().cpu() for name, t in _tensors(model)},
         directory / _FILE,
@@ -276,8 +282,9 @@ def save_quantized(model: Any, directory: str | Path) -> None:
 def load_quantized(directory: str | Path) -> Any:
     """Read a model that `save_quantized` wrote, to the CPU, for evaluation.
 
-    Every tensor comes from the file, those that transformers computes anew among them, so the
-    model answers bit for bit as the one that was saved.
+    Every tensor comes from the file, those that transformers computes anew among them, and the
+    attention is the one that was chosen ("eager" or "sdpa"; for others than torch's own,
+    transformers chooses), so the model answers bit for bit as the one that was saved.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -293,7 +300,7 @@ def load_quantized(directory: str | Path) -> Any:
     if about.get("format") != _FORMAT:
         expected = f"a file of save_quantized, format {_FORMAT}"
         raise ArgumentError("load_quantized", "directory", expected, str(about.get("format")))
-    model = _empty(str(about.get("model")), directory)
+    model = _empty(str(about.get("model")), directory, about.get("attention"))
     for name, kind in about["layers"].items():
         model.set_submodule(name, _from_tensors(kind, name, tensors))
     _fill(model, tensors)
@@ -333,10 +340,12 @@ def _from_tensors(kind: str, name: str, tensors: dict[str, Tensor]) -> nn.Module
     return QuantizedMLP(gate_up, QuantizedLinear(**of("down.")))
 
 
-def _empty(name: str, directory: Path) -> Any:
+def _empty(name: str, directory: Path, attention: str | None) -> Any:
     """A model without data of the configuration in a directory."""
     cls: Any = getattr(transformers, name, None)
     config: Any = transformers.AutoConfig.from_pretrained(directory)
+    if attention in _ATTENTION:
+        config._attn_implementation = attention
     if not isinstance(config, getattr(cls, "config_class", None) or ()):
         expected = f"a model class of transformers for {type(config).__name__}"
         raise ArgumentError("load_quantized", "directory", expected, name)
