@@ -360,7 +360,8 @@ def test_rows_held_by_clusters_give_the_reference_s_tokens(
     monkeypatch.setattr(native_sampling, "cluster_blocks", lambda *args: blocks)
     calls = 0
     longer = min(blocks * 50_000, 2**18)
-    for vocab_size in (blocks * 2**14, blocks * 2**14 - 4, longer, blocks * 3000, 20):
+    middle = min(blocks * 20_000, 2**18)
+    for vocab_size in (blocks * 2**14, blocks * 2**14 - 4, middle, longer, blocks * 3000, 20):
         probs = rows_to_sample(kind, vocab_size)
         top_ks = torch.tensor([0, 1, 7, 300, 1024, 1025], device="cuda").repeat(4)
         for top_k in (0, 1, 50, 1000, top_ks):
@@ -371,7 +372,7 @@ def test_rows_held_by_clusters_give_the_reference_s_tokens(
                     exact = sampling.on("reference")(probs, top_k, top_p, seed=calls, **call)
                     assert all(map(torch.equal, got, exact)), (vocab_size, top_k, top_p, order)
                     calls += 1
-    assert calls == 250
+    assert calls == 300
 
 
 @needs_streams

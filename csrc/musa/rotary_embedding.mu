@@ -237,6 +237,13 @@ bool packable(const Heads& h, int64_t bytes, int64_t size) {
          h.token_stride * size % bytes == 0 && h.head_stride * size % bytes == 0;
 }
 
+// A head's lanes, or some of them, by as many heads as there is room for.
+dim3 block_of(int64_t a_head, int64_t heads) {
+  const int64_t width = a_head < kThreads ? a_head : kThreads;
+  const int64_t height = heads < kThreads / width ? heads : kThreads / width;
+  return dim3(static_cast<unsigned>(width), static_cast<unsigned>(height));
+}
+
 template <class T, class C, bool kNeox>
 int run(const Rotation& r, stream_t stream) {
   // Pairs in a pack: GPT-J's pack of lanes holds half as many pairs.
@@ -248,11 +255,6 @@ int run(const Rotation& r, stream_t stream) {
                      r.column_stride == 1 && aligned(r.table, kTableBytes) &&
                      r.row_stride * sizeof(C) % kTableBytes == 0 &&
                      r.half * sizeof(C) % kTableBytes == 0;
-  const int64_t a_head = packs ? r.half / kPack : r.half;
-  const int64_t width = a_head < kThreads ? a_head : kThreads;
-  const int64_t height = r.heads < kThreads / width ? r.heads : kThreads / width;
-  const int64_t rows = ceil_div(r.heads, height);
-  const dim3 block(static_cast<unsigned>(width), static_cast<unsigned>(height));
   bool fits = true;
   const auto narrow = [&](int64_t v) {
     fits = fits && v == static_cast<int32_t>(v);
@@ -277,12 +279,22 @@ int run(const Rotation& r, stream_t stream) {
   p.num_rows = narrow(r.num_rows);
   const int64_t columns = r.tokens < kMaxGridY ? r.tokens : kMaxGridY;
   const int64_t layers = ceil_div(r.tokens, columns);
-  if (fits && packs && a_head <= kThreads && layers <= kMaxGridY && r.tokens == r.tokens_a_batch &&
-      r.offsets.data == nullptr) {
-    const dim3 all(static_cast<unsigned>(rows), static_cast<unsigned>(columns),
-                   static_cast<unsigned>(layers));
-    return launch_early(plain_kernel<T, C, kNeox, kPack>, all, block, 0, stream, p);
-  }
+  const bool plain = fits && packs && layers <= kMaxGridY && r.tokens == r.tokens_a_batch &&
+                     r.offsets.data == nullptr;
+  const auto queue_plain = [&](auto kernel, int64_t a_head) {
+    const dim3 block = block_of(a_head, r.heads);
+    const dim3 all(static_cast<unsigned>(ceil_div(r.heads, static_cast<int64_t>(block.y))),
+                   static_cast<unsigned>(columns), static_cast<unsigned>(layers));
+    return launch_early(kernel, all, block, 0, stream, p);
+  };
+  // While all threads run at once, half as much to each is faster.
+  constexpr int kSmall = kPack > 1 ? kPack / 2 : 1;
+  const int64_t a_head = r.half / kPack, small = r.half / kSmall;
+  if (plain && small <= kThreads && r.tokens * r.heads * small <= kThreadsAtOnce)
+    return queue_plain(plain_kernel<T, C, kNeox, kSmall>, small);
+  if (plain && a_head <= kThreads) return queue_plain(plain_kernel<T, C, kNeox, kPack>, a_head);
+  const dim3 block = block_of(packs ? a_head : r.half, r.heads);
+  const int64_t rows = ceil_div(r.heads, static_cast<int64_t>(block.y));
   const dim3 grid(static_cast<unsigned>(r.tokens < kMaxGridX ? r.tokens : kMaxGridX),
                   static_cast<unsigned>(rows < kMaxGridY ? rows : kMaxGridY));
   const auto queue = [&](auto kernel) { return launch_early(kernel, grid, block, 0, stream, r); };

@@ -142,7 +142,11 @@ MUTANTS = (
     ),
     _held("listed-not-in-chunks", "&s.chunks[entry.index / size]", "&s.chunks[0]"),
     _held("bracketed-least-lost", "least = s.least == 0 ? low : s.least;", "least = low;"),
-    _held("bracketed-min-p-dropped", "low = s.low < least ? least : s.low;", "low = s.low;"),
+    _held(
+        "bracketed-min-p-dropped",
+        "s.least;\n    if (least < by_min_p) least = by_min_p;",
+        "s.least;",
+    ),
     _held("summed-place-of-the-first-vector", "pack + j * stride, lists", "pack, lists"),
     _held("steps-of-the-first-block", "if (rank_ > 0) read(row, 0, rank_);", ""),
     _held("another-s-first-step", "if (rank_ > 0 || apart", "if (apart"),
@@ -359,7 +363,13 @@ def _failing_rows() -> str:
     made = torch.Generator(device="cuda").manual_seed(0)
     op, chosen = kernelhub.ops.top_k_top_p_sampling_from_probs, sampling.cluster_blocks
     try:
-        for blocks, vocab_size in ((1, 250_000), (2, 130_004), (4, 60_016), (16, 60_064)):
+        for blocks, vocab_size in (
+            (1, 250_000),
+            (2, 130_004),
+            (2, 60_016),
+            (4, 60_016),
+            (16, 60_064),
+        ):
             sampling.cluster_blocks = lambda *args, blocks=blocks: blocks
             normal = torch.randn(6, vocab_size, generator=made, device="cuda")
             ranks = torch.arange(1, vocab_size + 1, device="cuda").log()
@@ -368,7 +378,7 @@ def _failing_rows() -> str:
             odd = 500 * rows[0]
             odd[0, 5], odd[1, 700], odd[2, -1] = torch.nan, -1, torch.inf
             for probs, top_k, order in itertools.product(
-                (*rows, odd), (0, 3, 50, 700, 1024), ("top_k_first", "joint")
+                (*rows, odd, vocab_size * rows[0]), (0, 3, 50, 700, 1024), ("top_k_first", "joint")
             ):
                 for seed, (top_p, min_p) in enumerate(((1.0, 0.0), (0.9, 0.0), (0.7, 0.05))):
                     call = {"min_p": min_p, "filter_apply_order": order, "seed": seed}

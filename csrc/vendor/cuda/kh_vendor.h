@@ -67,7 +67,8 @@ __device__ __forceinline__ uint32_t* words_of(Fragment& f) {
   return f.pairs;
 }
 constexpr bool kMatrixUnit = true;
-constexpr bool kStreams = true;  // gemv_stream.cu is there
+constexpr int64_t kThreadsAtOnce = 160 << 10;  // of simple kernels, on an H200
+constexpr bool kStreams = true;                // gemv_stream.cu is there
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
 #else

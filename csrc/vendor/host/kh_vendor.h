@@ -69,6 +69,7 @@ word_of_two_t* words_of(Fragment& f) {
 // The other tiles of GEMV are then tested at either width, those of the matrix unit at one.
 constexpr bool kMatrixUnit = KH_WARP_SIZE == 32;
 constexpr bool kStreams = false;
+constexpr int64_t kThreadsAtOnce = 1 << 11;  // few, so that cases have fewer and more
 
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,

@@ -97,6 +97,7 @@ __device__ __forceinline__ uint32_t* words_of(Fragment& f) {
   return reinterpret_cast<uint32_t*>(f.x);
 }
 constexpr bool kStreams = false;
+constexpr int64_t kThreadsAtOnce = 160 << 10;  // a guess: that of an H200
 // From mp_31 on. None of it has been run on MUSA hardware.
 #if defined(__MUSA_ARCH__) && __MUSA_ARCH__ < 310
 constexpr bool kMatrixUnit = false;

@@ -143,6 +143,7 @@ struct native_bf16_t {
 };
 constexpr bool kMatrixUnit = true;
 constexpr bool kStreams = false;
+constexpr int64_t kThreadsAtOnce = 1 << 11;
 
 namespace matrix {
 
