@@ -396,6 +396,22 @@ def test_random_rows_would_show_a_difference(monkeypatch: pytest.MonkeyPatch) ->
     assert "samples differ" in (exhaustive_sampling.first_difference("simt", call) or "")
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 9, 16, 17, 33, 66, 67, 132, 133, 512, 4096])
+def test_clusters_are_of_as_many_blocks_as_their_way_asks_for(batch_size: int) -> None:
+    for vocab_size in (4, 8192, 8196, 16384, 16388, 32000, 65536, 65540, 128256, 2**18):
+        held, listed, summed = (
+            native.cluster_blocks("sm_90a", batch_size, vocab_size, way) for way in native.WAYS
+        )
+        assert {held, listed, summed} <= {0, 1, 2, 4, 8, 16}
+        assert listed > 0
+        assert held == 0 or held * 2**14 >= vocab_size  # elements that a block can hold
+        assert summed == held or 0 < summed * 2**14 < vocab_size
+        assert summed > 0 or vocab_size <= 2**14
+    for arch, vocab_size in (("sm_80", 32000), ("sm_90a", 32002), ("sm_90a", 2**18 + 4)):
+        ways = (native.cluster_blocks(arch, batch_size, vocab_size, way) for way in native.WAYS)
+        assert not any(ways)
+
+
 @pytest.mark.parametrize(
     "case",
     [case for case in SPEC.cases() if case.error is None and case.kind != "typical"][::6],
