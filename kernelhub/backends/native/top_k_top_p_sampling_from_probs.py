@@ -40,6 +40,9 @@ MOST_LISTED_TOP_K = 1024
 MOST_LISTED_VOCAB = 2**18
 """Of rows that they list: `kHeldLimit`."""
 
+_MOST_SUMMED_VOCAB = 160_000
+"""Flat rows of more have more to list than there is room for, and are read anew."""
+
 _HELD = 2**14
 """Elements that a block can hold; half of them are held faster."""
 
@@ -69,7 +72,7 @@ def cluster_blocks(arch: str, batch_size: int, vocab_size: int, way: str) -> int
             blocks = 4
         elif (share > 1 and batch_size <= _SMS) or (share > 0 and 2 * batch_size <= _SMS):
             blocks = 2
-        return blocks if blocks * _HELD < vocab_size <= MOST_LISTED_VOCAB else held
+        return blocks if blocks * _HELD < vocab_size <= _MOST_SUMMED_VOCAB else held
     if way == "list":
         if vocab_size > MOST_LISTED_VOCAB:
             return 0
@@ -150,7 +153,9 @@ def make(launchers: Launchers) -> Implementation:
             if k_tensor:
                 clusters = held
             elif not 0 < top_k < vocab_size:
-                clusters = summed
+                # Of min-p alone the threshold is known when all is read: summing reads it twice.
+                min_p_alone = not p_tensor and top_p >= 1 and (min_p_tensor or min_p)
+                clusters = held if min_p_alone else summed
             else:
                 clusters = listed if top_k <= MOST_LISTED_TOP_K else 0
             valid = valid_for(probs) if valid_for else None
