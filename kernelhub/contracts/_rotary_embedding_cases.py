@@ -93,8 +93,8 @@ def _swapped(t: Tensor) -> Tensor:
 
 
 def _token_gap(t: Tensor) -> Tensor:
-    """The same values with four unused lanes after each token: whole heads, odd token strides."""
-    return padded_rows(t.flatten(-2), 4).view(t.shape)
+    """The same values with two unused lanes after each token: whole heads, odd token strides."""
+    return padded_rows(t.flatten(-2), 2).view(t.shape)
 
 
 def _tag(dtype: torch.dtype) -> str:
@@ -180,6 +180,9 @@ def _shapes() -> dict[str, _Make]:
             _call, tokens=(2,), heads=(2, 1), head_size=1040, rot_dim=1038
         ),
         "more-packs-than-threads": partial(_call, tokens=(2,), heads=(1, 1), head_size=1040),
+        "many-heads-of-half-packs": partial(
+            _call, tokens=(40,), heads=(9, 9), head_size=24, dtype=bf16
+        ),
         "more-tokens-than-2^16": partial(_call, tokens=(2**16 + 1,), heads=(1, 0), head_size=8),
         "seventeen-tokens": partial(_call, tokens=(17,), heads=(1, 1), head_size=8, dtype=bf16),
         "more-keys-than-queries": partial(_call, heads=(2, 9), head_size=16, dtype=half),
