@@ -135,7 +135,7 @@ def test_one_launch_for_query_and_key_and_none_for_nothing(binding: str) -> None
 
 
 def test_the_launch_is_sized_from_both_tensors() -> None:
-    for heads, blocks in (((1, 1), 1), ((8, 1), 2), ((1, 8), 2), ((9, 8), 3)):  # of 8 heads each
+    for heads, blocks in (((1, 1), 1), ((8, 1), 3), ((1, 8), 3), ((9, 8), 5)):  # of 4 heads each
         query, key = (torch.ones(2, n, 128, device="musa") for n in heads)
         rotary(
             torch.zeros(2, dtype=torch.int32, device="musa"),
